@@ -1,0 +1,5 @@
+"""`python -m meerkat`."""
+
+from meerkat.cli import main
+
+main()

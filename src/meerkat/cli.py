@@ -1,0 +1,259 @@
+"""Commands; no logic. Each calls the function of the same name in `meerkat.api`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from meerkat.errors import MeerkatError
+from meerkat.terminal import Bar, mask_table, quiet_libraries
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Fine-tune a language model over clients that cannot share their data: two forward passes "
+    "on a client give one number, and that number is all it sends.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(highlight=False, soft_wrap=True)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The run's recipe, a TOML file.")]
+DirectoryArgument = Annotated[Path, typer.Argument(help="The directory of a run.", metavar="DIR")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a field of the recipe, such as federation.rounds=20; may be repeated.",
+    ),
+]
+RoundOption = Annotated[
+    int | None,
+    typer.Option("--round", "-r", help="After so many rounds; all by default.", min=0),
+]
+
+
+class BenchKind(StrEnum):
+    """What `meerkat bench` measures."""
+
+    step = "step"
+    server = "server"
+    noise = "noise"
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose `MeerkatError` is one line and exit code 2."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        quiet_libraries()
+        try:
+            function(*args, **kwargs)
+        except MeerkatError as error:
+            _fail(" ".join(str(error).split()))
+        except OSError as error:
+            _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            _fail("interrupted; a run goes on with `meerkat resume DIR`", 130)
+
+    return app.command()(guarded)
+
+
+def _fail(line: str, code: int = 2) -> None:
+    print(f"meerkat: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@_command
+def calibrate(
+    recipe: RecipeArgument,
+    out: Annotated[Path | None, typer.Option(help="Write the mask to this file.")] = None,
+    overrides: Overrides = [],  # noqa: B006  (typer reads the default)
+) -> None:
+    """Find the mask: the parameters to which the pre-training loss is most sensitive."""
+    from meerkat import api
+
+    with Bar(console) as progress:
+        found = api.calibrate(recipe, out, overrides, progress)
+    for line in mask_table(found):
+        console.print(line)
+
+
+@_command
+def run(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's directory; by default under runs/.", metavar="DIR"),
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Fine-tune as the recipe says; write journal, summary and report to a directory."""
+    from meerkat import api
+    from meerkat.recipe import load_recipe
+
+    directory = out or api.default_out(recipe, load_recipe(recipe, overrides))
+    with Bar(console) as progress:
+        summary = api.run(recipe, directory, overrides, progress)
+    _print_summary(summary, directory)
+
+
+@_command
+def resume(
+    directory: DirectoryArgument,
+    recover: Annotated[
+        bool,
+        typer.Option("--recover", help="Keep the good part of a damaged journal and go on."),
+    ] = False,
+) -> None:
+    """Go on with a run after any interruption."""
+    from meerkat import api
+
+    with Bar(console) as progress:
+        summary = api.resume(directory, recover, progress)
+    _print_summary(summary, directory)
+
+
+@_command
+def replay(
+    directory: DirectoryArgument,
+    rounds: RoundOption = None,
+    digest: Annotated[bool, typer.Option("--digest", help="Print the digest alone.")] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="Write θ to this file, as a safetensors file.")
+    ] = None,
+) -> None:
+    """Rebuild the parameters after any round from the journal alone, without model or data."""
+    from safetensors.numpy import save_file
+
+    from meerkat import api
+
+    found = api.replay(directory, rounds)
+    if to is not None:
+        save_file({"theta": found.theta}, to, {"digest": found.digest})
+    if digest:
+        print(found.digest)
+        return
+    console.print(f"after round  {found.rounds}")
+    console.print(f"parameters   {len(found.theta):,}")
+    console.print(f"digest       {found.digest}")
+
+
+@_command
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="The directory of a run, or a model.", metavar="DIR|MODEL")
+    ],
+    recipe: Annotated[
+        Path | None, typer.Option(help="The recipe whose task a model is evaluated on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="test (held out) or train.")] = "test",
+    examples: Annotated[
+        int | None, typer.Option(help="How many examples; as the recipe says by default.", min=1)
+    ] = None,
+    rounds: RoundOption = None,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Accuracy, macro-F1 and loss on a split, of a run or of any model."""
+    from meerkat import api
+
+    with Bar(console) as progress:
+        found = api.evaluate(target, recipe, split, examples, rounds, overrides, progress)
+    figures = {
+        "accuracy": found.accuracy,
+        "macro_f1": found.macro_f1,
+        "loss": found.loss,
+        "examples": found.examples,
+        "split": split,
+    }
+    _print_figures(figures, as_json)
+
+
+@_command
+def export(
+    directory: DirectoryArgument,
+    to: Annotated[Path, typer.Option(help="The folder (or, with --delta, the file) to write.")],
+    delta: Annotated[
+        bool,
+        typer.Option("--delta", help="Only the changed parameters, for `meerkat.apply_delta`."),
+    ] = False,
+    rounds: RoundOption = None,
+) -> None:
+    """Write the fine-tuned model, for plain transformers, or as a small delta of its base."""
+    from meerkat import api
+
+    written = api.export(directory, to, delta, rounds)
+    size = sum(path.stat().st_size for path in [written, *written.rglob("*")] if path.is_file())
+    console.print(f"wrote {written} ({size / 1e6:.1f} MB)")
+
+
+@_command
+def report(directory: DirectoryArgument) -> None:
+    """Draw a run's pictures and its page, which opens offline; also of an unfinished run."""
+    from meerkat import api
+
+    console.print(f"wrote {api.report(directory)}")
+
+
+@_command
+def bench(
+    kind: Annotated[BenchKind, typer.Argument(help="What to measure.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="step: with a compiled forward pass.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(help="step: the model.")
+    ] = "demo:gemma-3-270m",
+) -> None:
+    """Measure a step, the server, or the noise on this machine; ratios are within one run."""
+    from meerkat.benchmarks import bench as measure
+
+    options: dict[str, Any] = {}
+    if kind is BenchKind.step:
+        options = {"compile": compiled, "model": model}
+    _print_figures(measure(kind.value, **options), as_json)
+
+
+def _print_summary(summary: dict[str, Any], directory: Path) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key in ("accuracy", "loss"):
+        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
+        if before is not None and after is not None:
+            table.add_row(key, f"{before:.3f} → {after:.3f}")
+    up, down = summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"]
+    table.add_row("bytes a client and round", f"{up:.0f} up, {down:.0f} down")
+    table.add_row("parameters that moved", f"{summary['mask_size']:,}")
+    table.add_row("θ digest", summary["theta_digest"][:16])
+    table.add_row("report", str(directory / "report.html"))
+    console.print(table)
+
+
+def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of the `meerkat` command."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    app()

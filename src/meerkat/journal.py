@@ -1,0 +1,382 @@
+"""The append-only record of a run (SQLite, write-ahead log): replay and resume read it.
+
+The journal *is* the model: θ at any round follows from its header and its log entries, without
+model or data (method.md section 6). Each round is one transaction and carries a digest chained
+over all rounds before it, so that damage is found, and what lies before the damage is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meerkat.descent import Theta, digest, follow
+from meerkat.errors import JournalError, ProtocolError
+from meerkat.noise import Directions
+from meerkat.protocol import (
+    ClientReport,
+    decode_entries,
+    decode_report,
+    encode_entries,
+    encode_report,
+)
+from meerkat.rounds import RoundRecord
+
+__all__ = ["Evaluated", "Header", "Journal", "RoundMetrics", "replay"]
+
+_SCHEMA = """
+CREATE TABLE header (key TEXT PRIMARY KEY, value BLOB NOT NULL);
+CREATE TABLE rounds (round INTEGER PRIMARY KEY, entries BLOB NOT NULL, digest TEXT NOT NULL,
+                     metrics TEXT NOT NULL, chain BLOB NOT NULL);
+CREATE TABLE reports (round INTEGER, client INTEGER, payload BLOB NOT NULL,
+                      PRIMARY KEY (round, client)) WITHOUT ROWID;
+CREATE TABLE evaluations (round INTEGER PRIMARY KEY, content TEXT NOT NULL);
+"""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run starts from."""
+
+    recipe: str
+    """The recipe as JSON."""
+    fingerprint: str
+    """The recipe's fingerprint."""
+    model: str
+    """The base model's fingerprint."""
+    mask: str
+    """The mask's digest."""
+    mask_kind: str
+    mask_size: int
+    eligible: int
+    mask_parts: dict[str, int]
+    """Masked parameters in each tensor."""
+    noise: str
+    """The noise generator's fingerprint."""
+    seed: int
+    kind: str
+    shared: bool
+    perturbations: int
+    labels: list[str]
+    label_counts: list[list[int]]
+    """Examples of each label that each client holds."""
+    partition: str
+    """Digest of which client holds which examples."""
+
+    @property
+    def directions(self) -> Directions:
+        kind: Any = self.kind
+        return Directions(self.seed, self.mask_size, kind, self.shared, self.perturbations)
+
+
+@dataclass(frozen=True)
+class RoundMetrics:
+    """What was measured beside a round; nothing is computed from it."""
+
+    loss: float
+    """Mean training loss of the clients; known in simulation only."""
+    bytes_up: int
+    """Encoded size of all reports."""
+    bytes_down: int
+    """Encoded size of all plans."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation at the θ before round `round`."""
+
+    round: int
+    accuracy: float | None
+    """None for free text."""
+    macro_f1: float | None
+    loss: float
+    examples: int
+    seconds: float
+
+
+class Journal:
+    """One run's record. Use `create` or `open`.
+
+    Every write is durable when the call returns. A failed one leaves all before it readable.
+    """
+
+    def __init__(self, path: Path, connection: sqlite3.Connection):
+        self.path = path
+        self._connection = connection
+        self._header: tuple[Header, Theta] | None = None
+        self._chain = b""
+
+    @classmethod
+    def create(cls, path: Path, header: Header, theta: Theta) -> Journal:
+        """A journal with its header and θ_0, whole or not at all.
+
+        Raises:
+            JournalError: It cannot be written.
+        """
+        journal = cls(path, sqlite3.connect(path, isolation_level=None))
+        with journal._writing() as connection:
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+            content = json.dumps({"format": _FORMAT, **asdict(header)})
+            rows = [("header", content), ("theta", theta.astype("<f4").tobytes())]
+            connection.executemany("INSERT INTO header VALUES (?, ?)", rows)
+        journal._chain = journal._header_digest()
+        return journal
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """An existing journal, checked from end to end.
+
+        Raises:
+            JournalError: There is none, or it is damaged; the line says up to where it is good.
+        """
+        if not cls.exists(path):
+            raise JournalError(f"{path}: no journal; the run has not begun")
+        journal = cls(path, sqlite3.connect(path, isolation_level=None))
+        good = journal._verify()
+        if good is not None:
+            journal.close()
+            raise JournalError(
+                f"{path} is damaged after {good} good rounds; `meerkat resume --recover` keeps "
+                "these, sets the damaged file aside and goes on"
+            )
+        return journal
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Is there a journal with a header, damaged or not?"""
+        if not path.is_file() or path.stat().st_size == 0:
+            return False
+        connection = sqlite3.connect(path)
+        try:
+            tables = "SELECT count(*) FROM sqlite_master WHERE name = 'header'"
+            return bool(connection.execute(tables).fetchone()[0])
+        except sqlite3.DatabaseError:
+            return True
+        finally:
+            connection.close()
+
+    @classmethod
+    def recover(cls, path: Path) -> Journal:
+        """Keep the good part of a damaged journal; the damaged file is set aside beside it.
+
+        Raises:
+            JournalError: Not even the header is readable.
+        """
+        damaged = cls(path, sqlite3.connect(path, isolation_level=None))
+        scratch = path.with_name(path.name + ".recovered")
+        scratch.unlink(missing_ok=True)
+        try:
+            kept = cls.create(scratch, damaged.header, damaged.theta0)
+            evaluations = {e.round: e for e in damaged._readable_evaluations()}
+            for record, metrics in damaged._good_rounds():
+                if record.round in evaluations:
+                    kept.append_evaluation(evaluations.pop(record.round))
+                kept.append_round(record, metrics)
+            if kept.rounds in evaluations:
+                kept.append_evaluation(evaluations[kept.rounds])
+        except (sqlite3.DatabaseError, json.JSONDecodeError, ProtocolError) as error:
+            raise JournalError(
+                f"{path}: not even its header is readable ({error}); start the run again in "
+                "another directory"
+            ) from None
+        finally:
+            damaged.close()
+        kept.close()
+        aside = path.with_name(path.name + ".damaged")
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        path.replace(aside)
+        scratch.replace(path)
+        return cls.open(path)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    # What a run writes
+
+    def append_round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
+        """Write a round and its reports, in one transaction.
+
+        Raises:
+            JournalError: The disk is full, or the file cannot be written; nothing of it is kept.
+        """
+        entries = encode_entries(record.entries)
+        payloads = [(r.client, encode_report(r)) for r in record.reports]
+        chain = _link(self._chain, record.round, entries, record.theta_digest, payloads)
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)",
+                (record.round, entries, record.theta_digest, json.dumps(asdict(metrics)), chain),
+            )
+            connection.executemany(
+                "INSERT INTO reports VALUES (?, ?, ?)",
+                [(record.round, client, payload) for client, payload in payloads],
+            )
+        self._chain = chain
+
+    def append_evaluation(self, evaluated: Evaluated) -> None:
+        """Write an evaluation.
+
+        Raises:
+            JournalError: As `append_round`.
+        """
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO evaluations VALUES (?, ?)",
+                (evaluated.round, json.dumps(asdict(evaluated))),
+            )
+
+    # What everyone reads
+
+    @property
+    def header(self) -> Header:
+        return self._read_header()[0]
+
+    @property
+    def theta0(self) -> Theta:
+        """θ before round 0."""
+        return self._read_header()[1].copy()
+
+    @property
+    def rounds(self) -> int:
+        """Complete rounds."""
+        count: int = self._connection.execute("SELECT count(*) FROM rounds").fetchone()[0]
+        return count
+
+    def records(self) -> Iterator[tuple[RoundRecord, RoundMetrics]]:
+        """All rounds in order."""
+        for row in self._rows():
+            yield self._decode(*row[:4]), RoundMetrics(**json.loads(row[3]))
+
+    def evaluations(self) -> list[Evaluated]:
+        """All evaluations by round."""
+        rows = self._connection.execute("SELECT content FROM evaluations ORDER BY round")
+        return [Evaluated(**json.loads(content)) for (content,) in rows]
+
+    # Within
+
+    def _read_header(self) -> tuple[Header, Theta]:
+        if self._header is None:
+            rows = dict(self._connection.execute("SELECT key, value FROM header").fetchall())
+            content = json.loads(rows["header"])
+            if content.pop("format") != _FORMAT:
+                raise JournalError(f"{self.path} was written by another version of Meerkat")
+            theta = np.frombuffer(rows["theta"], "<f4").astype(np.float32)
+            self._header = Header(**content), theta
+        return self._header
+
+    def _header_digest(self) -> bytes:
+        header, theta = self._read_header()
+        content = json.dumps(asdict(header), sort_keys=True) + digest(theta)
+        return hashlib.sha256(content.encode()).digest()
+
+    def _rows(self) -> Iterator[tuple[int, bytes, str, str, bytes]]:
+        query = "SELECT round, entries, digest, metrics, chain FROM rounds ORDER BY round"
+        yield from self._connection.execute(query)
+
+    def _payloads(self, number: int) -> list[tuple[int, bytes]]:
+        query = "SELECT client, payload FROM reports WHERE round = ? ORDER BY client"
+        return self._connection.execute(query, (number,)).fetchall()
+
+    def _decode(self, number: int, entries: bytes, theta: str, metrics: str) -> RoundRecord:
+        reports: list[ClientReport] = [decode_report(data) for _, data in self._payloads(number)]
+        return RoundRecord(number, tuple(reports), decode_entries(entries), theta)
+
+    def _good_rounds(self) -> Iterator[tuple[RoundRecord, RoundMetrics]]:
+        """Rounds up to the first that is missing, unreadable, or not what the chain says."""
+        chain = self._header_digest()
+        try:
+            for expected, row in enumerate(self._rows()):
+                number, entries, theta, metrics, stored = row
+                payloads = self._payloads(number)
+                chain = _link(chain, number, entries, theta, payloads)
+                if number != expected or chain != stored:
+                    return
+                yield self._decode(number, entries, theta, metrics), RoundMetrics(
+                    **json.loads(metrics)
+                )
+                self._chain = chain
+        except (sqlite3.DatabaseError, ProtocolError, ValueError, TypeError):
+            return
+
+    def _verify(self) -> int | None:
+        """None if all is well, else how many rounds are good; leaves the chain at its end."""
+        try:
+            self._chain = self._header_digest()
+            good = sum(1 for _ in self._good_rounds())
+            broken = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
+            return good if broken or good != self.rounds else None
+        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError):
+            return 0
+
+    def _readable_evaluations(self) -> list[Evaluated]:
+        try:
+            return self.evaluations()
+        except (sqlite3.DatabaseError, ValueError, TypeError):
+            return []
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that is durable at its end, or has not happened."""
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = FULL")
+            self._connection.execute("BEGIN IMMEDIATE")
+            yield self._connection
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise JournalError(
+                f"{self.path} cannot be written ({error}); all complete rounds are kept: make "
+                "room, then `meerkat resume`"
+            ) from None
+
+
+def replay(journal: Journal, rounds: int | None = None) -> tuple[Theta, str]:
+    """θ after so many rounds (all by default) and its digest, from the journal alone.
+
+    Raises:
+        JournalError: There are fewer rounds, or θ is not what the run recorded.
+    """
+    available = journal.rounds
+    wanted = available if rounds is None else rounds
+    if not 0 <= wanted <= available:
+        raise JournalError(f"round {wanted} is not in {journal.path}: it has {available} rounds")
+    header, theta = journal.header, journal.theta0
+    recorded = digest(theta)
+    for record, _ in journal.records():
+        if record.round >= wanted:
+            break
+        follow(theta, record.entries, header.directions)
+        recorded = record.theta_digest
+    found = digest(theta)
+    if found != recorded:
+        raise JournalError(
+            f"{journal.path}: θ after round {wanted} has digest {found[:16]}, the run recorded "
+            f"{recorded[:16]}; this machine's noise or arithmetic differs"
+        )
+    return theta, found
+
+
+def _link(
+    chain: bytes, number: int, entries: bytes, theta: str, payloads: list[tuple[int, bytes]]
+) -> bytes:
+    content = hashlib.sha256(chain)
+    content.update(f"{number} {theta} {len(entries)}\n".encode())
+    content.update(entries)
+    for client, payload in payloads:
+        content.update(f"{client} {len(payload)}\n".encode())
+        content.update(payload)
+    return content.digest()

@@ -1,0 +1,322 @@
+"""The schema of a run: TOML in, validated frozen objects out.
+
+Each field is documented here and nowhere else. All of a recipe but `[runtime]` is part of the
+run's fingerprint: `[runtime]` may change how fast a run is, never what it computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from meerkat.errors import RecipeError
+
+__all__ = [
+    "Evaluation",
+    "Federation",
+    "MaskSection",
+    "ModelSection",
+    "Noise",
+    "Optimizer",
+    "Partition",
+    "Recipe",
+    "Runtime",
+    "Selection",
+    "TaskSection",
+    "load_recipe",
+    "parse_recipe",
+]
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    name: str
+    """Hub id, folder, `.gguf` file, or `demo:gemma-3-270m`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the model's weights and activations; θ is float32 in either case."""
+
+
+class MaskSection(Section):
+    kind: Literal["sensitivity", "magnitude", "random", "full", "union"] = "sensitivity"
+    """How the mask is found: pre-training gradients (the method), weight magnitude, uniformly at
+    random, every eligible parameter, or the union of masks from the clients' own data."""
+    density: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Share u of the eligible parameters that may move."""
+    score: Literal["mean_square", "squared_mean"] = "mean_square"
+    """Average of squared gradients (the paper), or square of the averaged gradient."""
+    scope: Literal["global", "tensor"] = "global"
+    """One top-n over all eligible tensors, or the top share u inside each tensor."""
+    include: tuple[str, ...] = ()
+    """Globs of parameter names; empty means the weight matrices of the decoder blocks."""
+    exclude: tuple[str, ...] = ()
+    """Globs of parameter names to leave out of what `include` gives."""
+    corpus: str | tuple[str, ...] = "demo"
+    """`demo`, a hub id, or text files, for calibration."""
+    corpus_config: str | None = None
+    """Configuration of a hub corpus, such as `en` for `allenai/c4`."""
+    corpus_split: str = "train"
+    """Split of a hub corpus."""
+    corpus_column: str = "text"
+    """Column of a hub corpus that holds the text."""
+    batches: Count = 24
+    """Calibration batches B."""
+    batch_size: Count = 8
+    """Sequences in a calibration batch."""
+    sequence_length: Annotated[int, Field(ge=2, lt=2**20)] = 128
+    """Tokens of a calibration sequence."""
+    seed: Seed = 0
+    """Order of the corpus, and the random mask."""
+    file: str | None = None
+    """A mask file to use instead of calibrating; it must have been made for this model."""
+
+
+class TaskSection(Section):
+    name: str
+    """A registered task, or `custom`."""
+    source: str | None = None
+    """Where the examples are, if not where the task says: a hub id, a folder, or one file."""
+    source_config: str | None = None
+    """Configuration of a hub data set, if not the task's."""
+    train_split: str | None = None
+    """Split to train on, if not the task's."""
+    test_split: str | None = None
+    """Split to evaluate on, if not the task's; without one, a part of the training split."""
+    prompt: str | None = None
+    """Template with `{column}` fields, if not the task's."""
+    label: str | None = None
+    """Column of the label, if not the task's."""
+    verbalizers: tuple[str, ...] | dict[str, str] | None = None
+    """What the model should say for each label: in label order, or by label."""
+    answer: str | None = None
+    """Column of a free-text answer; the loss is then the mean token loss over it."""
+    cut: str | None = None
+    """The field that is shortened when an example is longer than `max_length`."""
+    max_length: Annotated[int, Field(ge=8, lt=2**20)] = 256
+    """Longest example in tokens."""
+    train_examples: Count | None = None
+    """Use at most this many training examples."""
+    seed: Seed = 0
+    """Which examples are held out, and which are used where there are more than asked for."""
+
+
+class Partition(Section):
+    kind: Literal["iid", "dirichlet", "pathological", "single-label"] = "iid"
+    """How the examples are split over the clients."""
+    alpha: Positive = 0.5
+    """Concentration of the Dirichlet distribution."""
+    labels_per_client: Count = 1
+    """Labels that a client holds in a pathological partition."""
+    min_size: Count = 1
+    """Fewest examples that a client may hold."""
+
+
+class Federation(Section):
+    clients: Annotated[int, Field(ge=1, lt=2**32 - 1)]
+    """Clients K."""
+    rounds: Count
+    """Rounds R."""
+    local_steps: Annotated[int, Field(ge=1, lt=2**16)] = 1
+    """Local steps T in a round; 1 is high frequency."""
+    clients_per_round: Count | None = None
+    """Clients that are sampled for a round; all by default."""
+    batch_size: Count = 16
+    """Examples behind one local step."""
+    weighting: Literal["uniform", "examples"] = "uniform"
+    """Aggregation weights p_k: equal (the paper), or by the examples that a client holds."""
+    partition: Partition = Partition()
+    """How the examples are split."""
+
+
+class Optimizer(Section):
+    learning_rate: Positive = 1e-4
+    """Learning rate η."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How η goes over the rounds; linear and cosine end at zero after the last."""
+    epsilon: Literal["auto"] | Positive = "auto"
+    """Perturbation size ε; `auto` is 1e-3 in float32 and 3e-3 in bfloat16."""
+
+
+class Noise(Section):
+    kind: Literal["gaussian", "rademacher"] = "gaussian"
+    """Distribution of z."""
+    directions: Literal["shared", "per-client"] = "shared"
+    """One z for all clients of a step (the paper), or one for each client."""
+    perturbations: Annotated[int, Field(ge=1, lt=2**8)] = 1
+    """Directions that a step averages over."""
+
+
+class Evaluation(Section):
+    examples: Count = 512
+    """Held-out examples; fewer where the data set has fewer."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after every so many rounds, besides before and after; 0 is never."""
+
+
+class Selection(Section):
+    kind: Literal["none"] = "none"
+    """Which clients are stopped early; `none` stops nobody."""
+
+
+class Runtime(Section):
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA where there is one."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the forward pass; 0 leaves it to torch."""
+    compile: bool = False
+    """Compile the forward pass; worth it from some hundred steps on."""
+    tokens_per_pass: Count = 16384
+    """Most tokens in one packed forward pass; a longer batch takes several."""
+    calibration_passes: Literal[1, 2] = 1
+    """1 keeps two float32 accumulators the size of the eligible tensors, 2 keeps one and reads
+    the corpus twice."""
+    cache_dir: str | None = None
+    """Where converted models, masks and compiled code are kept; the user's cache by default."""
+
+
+class Recipe(Section):
+    """A whole run. `Recipe.fingerprint` names it."""
+
+    model: ModelSection
+    task: TaskSection
+    federation: Federation
+    mask: MaskSection = MaskSection()
+    optimizer: Optimizer = Optimizer()
+    noise: Noise = Noise()
+    evaluation: Evaluation = Evaluation()
+    selection: Selection = Selection()
+    runtime: Runtime = Runtime()
+    seed: Seed = 0
+    """Seed of noise, partition, client sampling and data order."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        sampled, clients = self.federation.clients_per_round, self.federation.clients
+        if sampled is not None and sampled > clients:
+            raise ValueError(
+                f"federation.clients_per_round = {sampled} is more than federation.clients = "
+                f"{clients}; lower it"
+            )
+        if self.task.verbalizers is not None and self.task.answer is not None:
+            raise ValueError(
+                "task.verbalizers and task.answer exclude each other: verbalizers are for "
+                "classification, answer is for free text"
+            )
+        return self
+
+    @property
+    def epsilon(self) -> float:
+        """ε after `auto` (method.md section 3, Precision)."""
+        if self.optimizer.epsilon == "auto":
+            return 1e-3 if self.model.dtype == "float32" else 3e-3
+        return self.optimizer.epsilon
+
+    @property
+    def clients_per_round(self) -> int:
+        return self.federation.clients_per_round or self.federation.clients
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what a run computes."""
+        science = self.model_dump(mode="json", exclude={"runtime"})
+        return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a TOML (or JSON) file and apply `key=value` overrides.
+
+    Raises:
+        RecipeError: The file is missing or malformed, or a field is not valid.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        raise RecipeError(f"recipe {path}: no such file")
+    try:
+        text = path.read_text("utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    return parse_recipe(data, overrides, origin=str(path))
+
+
+def parse_recipe(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "recipe"
+) -> Recipe:
+    """Validate a nested mapping as a recipe.
+
+    Raises:
+        RecipeError: One line that names the first field that is wrong, its value and the way out.
+
+    >>> parse_recipe({"model": {"name": "gpt2"}, "task": {"name": "sst2"},
+    ...               "federation": {"clients": 4, "rounds": 2}}, ["noise.kind=rademacher"]).noise.kind
+    'rademacher'
+    """
+    merged = json.loads(json.dumps(data, default=str))
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return Recipe.model_validate_json(json.dumps(merged), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {_one_line(error)}") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in place; the value is read as TOML, else taken as a string."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override!r}: write it as section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override!r}: {part} is a value, not a section")
+    data[parts[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first error of pydantic's list, as field, value and way out."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    # Branches of a union carry their type's name behind the field; a field's name has no blank.
+    field = ".".join(part for part in location if part.isidentifier() or part.isdigit())
+    kind, value = first["type"], first["input"]
+    if kind == "missing":
+        return f"{field} is missing; add it"
+    if kind == "extra_forbidden":
+        section = _section(location[:-1])
+        near = ", ".join(section.model_fields) if section else ""
+        return f"{field} = {value!r} is not a known key; known here: {near}"
+    if kind == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{field} = {value!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _section(location: Sequence[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        section = annotation
+    return section

@@ -1,0 +1,86 @@
+"""Tasks by name, and a recipe's task with the user's changes applied."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from meerkat.errors import DataError
+from meerkat.recipe import TaskSection
+from meerkat.tasks import ag_news, boolq, demo, rotten_tomatoes, rte, sst2, wic, wsc, yelp
+from meerkat.tasks.base import Example, Task
+
+__all__ = ["Example", "Task", "resolve_task", "task_names"]
+
+_MODULES = (ag_news, boolq, demo, rotten_tomatoes, rte, sst2, wic, wsc, yelp)
+_TASKS = {module.TASK.name: module.TASK for module in _MODULES}
+
+
+def task_names() -> tuple[str, ...]:
+    """Names that `task.name` may have."""
+    return (*sorted(_TASKS), "custom")
+
+
+def resolve_task(section: TaskSection) -> Task:
+    """The task of a recipe: a registered one or `custom`, with what the recipe overrides.
+
+    Raises:
+        DataError: The name is not registered, or a custom task lacks what it needs.
+    """
+    if section.name != "custom" and section.name not in _TASKS:
+        raise DataError(f"task.name = {section.name!r}: known tasks are {', '.join(task_names())}")
+    if section.name == "custom":
+        _require(section)
+        task = Task("custom", source="", prompt="")
+    else:
+        task = _TASKS[section.name]
+    task = dataclasses.replace(task, **_overrides(section))
+    try:
+        fields = task.fields
+    except ValueError as error:
+        raise DataError(f"task.prompt = {task.prompt!r}: {error}; write a column as {{column}}") from None
+    if not fields:
+        raise DataError(f"task.prompt = {task.prompt!r} shows no column; write it as {{column}}")
+    if task.cut_field not in fields:
+        raise DataError(
+            f"task.cut = {task.cut!r} is not a field of the prompt; fields: "
+            f"{', '.join(fields)}"
+        )
+    if task.answer is None and len(task.verbalizers) < 2:
+        raise DataError(f"task.verbalizers = {list(task.verbalizers)}: a task needs at least two")
+    if len(task.label_names) != len(task.verbalizers):
+        raise DataError(
+            f"task.verbalizers: {len(task.verbalizers)} given for the labels "
+            f"{', '.join(task.label_names)}; give one for each, or a table by label"
+        )
+    return task
+
+
+def _require(section: TaskSection) -> None:
+    for field in ("source", "prompt"):
+        if getattr(section, field) is None:
+            raise DataError(f"task.{field} is missing; a custom task needs it")
+    if section.verbalizers is None and section.answer is None:
+        raise DataError("task.verbalizers is missing; a custom task needs it, or task.answer")
+
+
+def _overrides(section: TaskSection) -> dict[str, Any]:
+    """Fields of a `Task` that the recipe sets."""
+    changed: dict[str, Any] = {
+        field: getattr(section, field)
+        for field in ("source", "prompt", "label", "train_split", "test_split", "answer", "cut")
+        if getattr(section, field) is not None
+    }
+    if section.source_config is not None or section.source is not None:
+        changed["config"] = section.source_config
+    if section.answer is not None:
+        changed |= {"verbalizers": (), "labels": ()}
+    elif isinstance(section.verbalizers, dict):
+        changed["verbalizers"] = tuple(section.verbalizers.values())
+        changed["labels"] = tuple(section.verbalizers)
+    elif section.verbalizers is not None:
+        changed["verbalizers"] = section.verbalizers
+    if section.source is not None and Path(section.source).suffix and section.test_split is None:
+        changed["test_split"] = None  # one file has one split
+    return changed

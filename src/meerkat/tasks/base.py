@@ -1,0 +1,60 @@
+"""What a task is: where its examples are, how they are shown, what the model should say."""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Example", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set as a language model sees it (method.md section 8).
+
+    A task is a classification by `verbalizers`, or free text by `answer`; one of them is set.
+    """
+
+    name: str
+    source: str
+    """Hub id, folder or file; `demo` is the package data of the demo extra."""
+    prompt: str
+    """Template with `{column}` fields; the model's answer follows it."""
+    verbalizers: tuple[str, ...] = ()
+    """What the model should say, in the order of `labels`."""
+    labels: tuple[str, ...] = ()
+    """Values of the label column, as text; empty means 0, 1, … in verbalizer order."""
+    label: str = "label"
+    """Column of the label."""
+    answer: str | None = None
+    """Column of a free-text answer."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    train_split: str = "train"
+    test_split: str | None = None
+    """Split to evaluate on; without one, a part of the training split is held out."""
+    cut: str | None = None
+    """The field that is shortened when an example is too long; the first field by default."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Columns that the prompt shows, in order."""
+        return tuple(field for _, field, _, _ in string.Formatter().parse(self.prompt) if field)
+
+    @property
+    def cut_field(self) -> str:
+        return self.cut or self.fields[0]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.labels or tuple(str(index) for index in range(len(self.verbalizers)))
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: the prompt's fields, and a label (index into the verbalizers) or an answer."""
+
+    fields: dict[str, Any]
+    label: int = 0
+    answer: str = ""
