@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+# Tiny tensors: a second thread costs more than it gives, ten times so beside another job.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

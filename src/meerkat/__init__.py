@@ -2,24 +2,31 @@
 
 >>> import meerkat
 >>> summary = meerkat.run("recipes/demo.toml", out="runs/demo")  # doctest: +SKIP
+
+Names are imported when they are first used, so that a server, which needs `meerkat.rounds` and
+`meerkat.server` alone, never imports torch.
 """
 
 from __future__ import annotations
 
-from meerkat.api import (
-    Replayed,
-    calibrate,
-    evaluate,
-    export,
-    replay,
-    report,
-    resume,
-    run,
-)
-from meerkat.benchmarks import bench
-from meerkat.errors import MeerkatError
-from meerkat.export import apply_delta
-from meerkat.recipe import Recipe, load_recipe, parse_recipe
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meerkat.api import (
+        Replayed,
+        calibrate,
+        evaluate,
+        export,
+        replay,
+        report,
+        resume,
+        run,
+    )
+    from meerkat.benchmarks import bench
+    from meerkat.errors import MeerkatError
+    from meerkat.exporting import apply_delta
+    from meerkat.recipe import Recipe, load_recipe, parse_recipe
 
 __all__ = [
     "MeerkatError",
@@ -37,3 +44,24 @@ __all__ = [
     "resume",
     "run",
 ]
+
+_ROOMS = {
+    "MeerkatError": "errors",
+    "Recipe": "recipe",
+    "apply_delta": "exporting",
+    "bench": "benchmarks",
+    "load_recipe": "recipe",
+    "parse_recipe": "recipe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'meerkat' has no attribute {name!r}")
+    value = getattr(import_module(f"meerkat.{_ROOMS.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,7 +16,7 @@ from meerkat.data.sources import Split
 from meerkat.descent import Theta
 from meerkat.errors import RunError
 from meerkat.evaluation import evaluate_objective
-from meerkat.export import save_delta, save_merged
+from meerkat.exporting import save_delta, save_merged
 from meerkat.journal import Evaluated
 from meerkat.journal import replay as replay_journal
 from meerkat.mask import save_mask
@@ -74,7 +74,8 @@ def run(
         MeerkatError: What was wrong; rounds that are in the journal stay there.
     """
     parsed = _recipe(recipe, overrides)
-    return runs.begin(parsed, Path(out) if out else default_out(recipe, parsed), progress or Progress())
+    directory = Path(out) if out else default_out(recipe, parsed)
+    return runs.begin(parsed, directory, progress or Progress())
 
 
 def default_out(source: Source, recipe: Recipe) -> Path:

@@ -74,9 +74,7 @@ def gradient_at(
     advance: Callable[[], None] = lambda: None,
 ) -> Float32[np.ndarray, " n"]:
     """p: the mean gradient at the masked coordinates, from what was kept or a second pass."""
-    indices = {
-        name: torch.from_numpy(i) for name, i in zip(mask.names, mask.indices, strict=True)
-    }
+    indices = {name: torch.from_numpy(i) for name, i in zip(mask.names, mask.indices, strict=True)}
     if calibration.gradients is not None:
         kept = calibration.gradients
         parts = [kept[name].view(-1)[i] for name, i in indices.items()]

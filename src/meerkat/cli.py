@@ -86,7 +86,7 @@ def calibrate(
     """Find the mask: the parameters to which the pre-training loss is most sensitive."""
     from meerkat import api
 
-    with Bar(console) as progress:
+    with Bar() as progress:
         found = api.calibrate(recipe, out, overrides, progress)
     for line in mask_table(found):
         console.print(line)
@@ -106,7 +106,7 @@ def run(
     from meerkat.recipe import load_recipe
 
     directory = out or api.default_out(recipe, load_recipe(recipe, overrides))
-    with Bar(console) as progress:
+    with Bar() as progress:
         summary = api.run(recipe, directory, overrides, progress)
     _print_summary(summary, directory)
 
@@ -122,7 +122,7 @@ def resume(
     """Go on with a run after any interruption."""
     from meerkat import api
 
-    with Bar(console) as progress:
+    with Bar() as progress:
         summary = api.resume(directory, recover, progress)
     _print_summary(summary, directory)
 
@@ -171,7 +171,7 @@ def evaluate(
     """Accuracy, macro-F1 and loss on a split, of a run or of any model."""
     from meerkat import api
 
-    with Bar(console) as progress:
+    with Bar() as progress:
         found = api.evaluate(target, recipe, split, examples, rounds, overrides, progress)
     figures = {
         "accuracy": found.accuracy,
@@ -216,9 +216,7 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="step: with a compiled forward pass.")
     ] = False,
-    model: Annotated[
-        str, typer.Option(help="step: the model.")
-    ] = "demo:gemma-3-270m",
+    model: Annotated[str, typer.Option(help="step: the model.")] = "demo:gemma-3-270m",
 ) -> None:
     """Measure a step, the server, or the noise on this machine; ratios are within one run."""
     from meerkat.benchmarks import bench as measure

@@ -81,9 +81,7 @@ class Client:
 
     def batch(self, step: int) -> list[Encoded]:
         """The examples behind the client's step number `step`."""
-        chosen = batch_indices(
-            self.seed, self.number, len(self.examples), self.batch_size, step
-        )
+        chosen = batch_indices(self.seed, self.number, len(self.examples), self.batch_size, step)
         return [self.examples[index] for index in chosen]
 
     def answer(self, plan: RoundPlan, worker: Worker) -> tuple[ClientReport, float]:
@@ -118,9 +116,7 @@ class Client:
             batch = self.batch(plan.first_step + step)
             drawn = [directions.z(plan.round, step, q, owner) for q in range(count)]
             probes = [
-                projected_gradient(
-                    worker.space, worker.objective, theta, z, worker.epsilon, batch
-                )
+                projected_gradient(worker.space, worker.objective, theta, z, worker.epsilon, batch)
                 for z in drawn
             ]
             scalars = tuple(_float32(probe.gradient) for probe in probes)

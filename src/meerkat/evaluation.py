@@ -24,7 +24,7 @@ def evaluate_objective(
     round: int = 0,
     progress: Progress | None = None,
 ) -> Evaluated:
-    """Accuracy, macro-F1 and mean loss at the weights as they are; the first two not for free text."""
+    """Accuracy, macro-F1 and mean loss at the weights as they are; for free text the loss alone."""
     progress = progress or Progress()
     started = time.monotonic()
     progress.start("Evaluating", -(-len(examples) // batch_size))

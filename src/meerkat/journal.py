@@ -303,8 +303,9 @@ class Journal:
                 chain = _link(chain, number, entries, theta, payloads)
                 if number != expected or chain != stored:
                     return
-                yield self._decode(number, entries, theta, metrics), RoundMetrics(
-                    **json.loads(metrics)
+                yield (
+                    self._decode(number, entries, theta, metrics),
+                    RoundMetrics(**json.loads(metrics)),
                 )
                 self._chain = chain
         except (sqlite3.DatabaseError, ProtocolError, ValueError, TypeError):

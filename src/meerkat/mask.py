@@ -84,13 +84,14 @@ def eligible_parameters(model: nn.Module, section: MaskSection) -> dict[str, nn.
         MaskError: A glob matches nothing, or nothing is left.
     """
     parameters = dict(model.named_parameters())
-    if section.include:
-        for glob in section.include:
-            if not fnmatch.filter(parameters, glob):
+    for field, globs in (("include", section.include), ("exclude", section.exclude)):
+        for glob in globs:
+            if not any(fnmatch.fnmatchcase(name, glob) for name in parameters):
                 raise MaskError(
-                    f"mask.include: {glob!r} matches no parameter; names look like "
+                    f"mask.{field}: {glob!r} matches no parameter; names look like "
                     f"{next(reversed(parameters))!r}"
                 )
+    if section.include:
         chosen = [n for n in parameters if any(fnmatch.fnmatchcase(n, g) for g in section.include)]
     else:
         blocks = _decoder_blocks(model)
@@ -137,8 +138,7 @@ def top_mask(
             raise MaskError(f"a score of {name} is not finite; use model.dtype = 'float32'")
     if section.scope == "tensor":
         indices = [
-            _top([score], mask_size(section.density, score.numel()))[0]
-            for score in scores.values()
+            _top([score], mask_size(section.density, score.numel()))[0] for score in scores.values()
         ]
     else:
         eligible = sum(score.numel() for score in scores.values())
@@ -238,7 +238,7 @@ def save_mask(mask: Mask, path: str | Path) -> None:
         "model": mask.model,
         "kind": mask.kind,
         "concentration": mask.concentration,
-        "digest": mask.digest,
+        "checksum": _checksum(mask),
     }
     scratch = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +257,10 @@ def load_mask(path: str | Path, model: str | None = None) -> Mask:
         raise MaskError(f"mask {path}: no such file")
     try:
         with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {})["mask"])
+            metadata = file.metadata() or {}
+            if metadata["format"] != _FORMAT:
+                raise ValueError(f"its format is {metadata['format']!r}, not {_FORMAT!r}")
+            about = json.loads(metadata["mask"])
             mask = Mask(
                 tuple(about["names"]),
                 tuple(tuple(shape) for shape in about["shapes"]),
@@ -273,13 +276,22 @@ def load_mask(path: str | Path, model: str | None = None) -> Mask:
                 file.get_tensor("gradient") if "gradient" in file.keys() else None,  # noqa: SIM118
                 about["concentration"],
             )
-    except (SafetensorError, KeyError, ValueError) as error:
+        if _checksum(mask) != about["checksum"]:
+            raise ValueError("its checksum does not match; calibrate again")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise MaskError(f"mask {path} is not a mask file, or is damaged: {error}") from None
-    if mask.digest != about["digest"]:
-        raise MaskError(f"mask {path} is damaged: its digest does not match; calibrate again")
     if model is not None and mask.model != model:
         raise MaskError(
             f"mask {path} was made for another model (fingerprint {mask.model[:12]}, this model is "
             f"{model[:12]}); calibrate for this model, or load the model with the same dtype"
         )
     return mask
+
+
+def _checksum(mask: Mask) -> str:
+    """SHA-256 of all that a mask file holds."""
+    others = (mask.eligible, mask.model, mask.kind, mask.concentration)
+    digest = hashlib.sha256(f"{mask.digest} {others}\n".encode())
+    if mask.gradient is not None:
+        digest.update(mask.gradient.astype("<f4").tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Load a causal LM (hub id, folder, GGUF file, the demo package), its tokenizer and its fingerprint."""
+"""Load a causal LM (hub id, folder, GGUF, the demo package), its tokenizer and fingerprint."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -47,7 +48,7 @@ class LoadedModel:
 
 
 def cache_dir(runtime: Runtime, *parts: str) -> Path:
-    """A folder for files that can be made again: `runtime.cache_dir`, $MEERKAT_CACHE, or the user's."""
+    """A folder for what can be made again: `runtime.cache_dir`, $MEERKAT_CACHE, or the user's."""
     root = runtime.cache_dir or os.environ.get("MEERKAT_CACHE")
     folder = Path(root or platformdirs.user_cache_dir("meerkat")).joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model.name = {section.name!r} cannot be loaded: {reason}") from None
-    model = model.to(device).eval().requires_grad_(False)
+    torch.nn.Module.to(model, device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, fingerprint(model), section.name)
 
 
@@ -105,7 +106,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         data = parameter.detach().cpu().contiguous()
-        digest.update(data.view(-1).view(torch.uint8).numpy())
+        bits: Any = data.view(-1).view(torch.uint8).numpy()
+        digest.update(bits)
     return digest.hexdigest()
 
 
@@ -164,8 +166,7 @@ def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
     # The weights are plain tensors by now; transformers would still refuse to save them.
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config.name_or_path = path.stem

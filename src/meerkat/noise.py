@@ -25,7 +25,17 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK", "SHARED", "Directions", "Kind", "NoiseKey", "draw", "fingerprint", "permutation", "words"]
+__all__ = [
+    "BLOCK",
+    "SHARED",
+    "Directions",
+    "Kind",
+    "NoiseKey",
+    "draw",
+    "fingerprint",
+    "permutation",
+    "words",
+]
 
 Kind = Literal["gaussian", "rademacher"]
 
@@ -66,9 +76,7 @@ class Directions:
         """Whose direction a client walks along."""
         return SHARED if self.shared else client
 
-    def z(
-        self, round: int, step: int, perturbation: int, owner: int
-    ) -> Float32[np.ndarray, " n"]:
+    def z(self, round: int, step: int, perturbation: int, owner: int) -> Float32[np.ndarray, " n"]:
         """z(r, t) of method.md section 1, or z(r, t, k) of the owner k."""
         return draw(NoiseKey(self.seed, round, step, perturbation, owner), self.n, self.kind)
 
@@ -98,7 +106,9 @@ def draw(
     values_per_word = 64 if kind == "rademacher" else 2
     for low in range(0, n, BLOCK):
         count = min(BLOCK, n - low)
-        raw = words(key.seed, coordinates, -(-count // values_per_word), (start + low) // values_per_word)
+        raw = words(
+            key.seed, coordinates, -(-count // values_per_word), (start + low) // values_per_word
+        )
         if kind == "rademacher":
             bits = np.unpackbits(raw.astype("<u8").view(np.uint8), count=count, bitorder="little")
             z[low : low + count] = bits.astype(np.float32) * np.float32(2) - np.float32(1)
@@ -109,7 +119,13 @@ def draw(
 
 
 def words(seed: int, coordinates: list[int], count: int, start: int = 0) -> NDArray[np.uint64]:
-    """Raw Philox words start … start + count of the stream (seed, coordinates)."""
+    """Raw Philox words start … start + count of the stream (seed, coordinates).
+
+    Raises:
+        ValueError: A coordinate or the seed is out of range; numpy would wrap or round it.
+    """
+    if not all(0 <= coordinate < 2**63 for coordinate in (start, *coordinates)):
+        raise ValueError(f"start = {start}, coordinates {coordinates}: one is out of range")
     skip = start % _WORDS_PER_COUNTER
     # numpy steps the counter before it draws; its value for counter c is that of c + 1.
     philox = np.random.Philox(key=seed, counter=[start // _WORDS_PER_COUNTER, *coordinates])

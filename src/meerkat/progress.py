@@ -1,4 +1,4 @@
-"""What a long command says while it works; the command line draws it, a library user may not care."""
+"""What a long command says while it works; the command line draws it."""
 
 from __future__ import annotations
 

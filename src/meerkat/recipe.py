@@ -264,9 +264,9 @@ def parse_recipe(
     Raises:
         RecipeError: One line that names the first field that is wrong, its value and the way out.
 
-    >>> parse_recipe({"model": {"name": "gpt2"}, "task": {"name": "sst2"},
-    ...               "federation": {"clients": 4, "rounds": 2}}, ["noise.kind=rademacher"]).noise.kind
-    'rademacher'
+    >>> data = {"model": {"name": "gpt2"}, "task": {"name": "sst2"}}
+    >>> parse_recipe(data, ["federation.clients=4", "federation.rounds=2"]).federation.rounds
+    2
     """
     merged = json.loads(json.dumps(data, default=str))
     for override in overrides:

@@ -40,10 +40,10 @@ def quiet_libraries() -> None:
 
 
 class Bar(Progress):
-    """A bar with figures and the time left; plain lines where the output is no terminal."""
+    """A bar on stderr with figures and the time left; plain lines where that is no terminal."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    def __init__(self) -> None:
+        console = Console(stderr=True)
         self._figures: dict[str, str] = {}
         self._lively = console.is_terminal
         self._bar = RichProgress(
@@ -99,7 +99,7 @@ class Bar(Progress):
 
     def _tell(self) -> None:
         line = f"{self._stage}: {self._done} of {self._total}  {self._line()}".rstrip()
-        print(line, file=sys.stdout, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def mask_table(found: Calibrated) -> list[str]:

@@ -92,9 +92,7 @@ class Encoder:
 
     def _ids(self, text: str, special: bool = False) -> tuple[int, ...]:
         # A text over the tokenizer's own length limit is no cause for a warning: it is cut here.
-        return tuple(
-            self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-        )
+        return tuple(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _check_verbalizers(self) -> None:
         first: dict[int, str] = {}

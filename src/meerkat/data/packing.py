@@ -11,9 +11,9 @@ of one example branch off its prompt, which is computed once:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float32, Int64
@@ -68,13 +68,14 @@ class PackedBatch:
         return self.labels.shape[0]
 
     def to(self, device: torch.device) -> PackedBatch:
-        moved = {
-            field.name: value.to(device)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        layout = Layout(*(part if part is None else part.to(device) for part in self.layout))
-        return replace(self, layout=layout, **moved)
+        """The same batch on a device."""
+
+        def move(part: Any) -> Any:
+            if isinstance(part, Layout):
+                return Layout(*map(move, part))
+            return part.to(device) if isinstance(part, Tensor) else part
+
+        return PackedBatch(*(move(getattr(self, field.name)) for field in fields(self)))
 
 
 def packs(examples: Sequence[Encoded], tokens_per_pass: int) -> Iterator[PackedBatch]:
@@ -162,9 +163,7 @@ def _layout(examples: Sequence[Encoded], lengths: Sequence[int], starts: Sequenc
         gather[row, :length] = torch.arange(start, start + length)
         positions[row, :length] = torch.tensor(_positions(example))
     scatter = torch.cat([row * longest + torch.arange(n) for row, n in enumerate(lengths)])
-    branching = any(
-        sum(len(answer) > 1 for answer in example.answers) > 1 for example in examples
-    )
+    branching = any(sum(len(answer) > 1 for answer in example.answers) > 1 for example in examples)
     return Layout(gather, scatter, positions, _allowed(examples, longest) if branching else None)
 
 

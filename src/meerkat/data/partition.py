@@ -13,10 +13,10 @@ from meerkat.noise import permutation
 from meerkat.recipe import Federation
 from meerkat.tasks import Example
 
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr-datasets reads it on import
 
-import datasets  # noqa: E402  (after the telemetry of flwr-datasets is switched off)
-from flwr_datasets.partitioner import (  # noqa: E402
+import datasets
+from flwr_datasets.partitioner import (
     DirichletPartitioner,
     IidPartitioner,
     Partitioner,
@@ -72,8 +72,8 @@ def _single_label(labels: np.ndarray, clients: int) -> list[list[int]]:
     kinds = np.unique(labels)
     if clients < len(kinds):
         raise DataError(
-            f"federation.clients = {clients}: a single-label partition of {len(kinds)} labels needs "
-            "at least as many clients"
+            f"federation.clients = {clients}: a single-label partition of {len(kinds)} labels "
+            "needs at least as many clients"
         )
     parts: list[list[int]] = [[] for _ in range(clients)]
     for position, label in enumerate(kinds):

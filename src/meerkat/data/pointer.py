@@ -12,9 +12,7 @@ from meerkat.noise import permutation
 __all__ = ["batch_indices"]
 
 
-def batch_indices(
-    seed: int, client: int, held: int, batch_size: int, step: int
-) -> tuple[int, ...]:
+def batch_indices(seed: int, client: int, held: int, batch_size: int, step: int) -> tuple[int, ...]:
     """Which of a client's `held` examples are behind its step number `step` (from 0).
 
     A batch runs on into the next epoch's order, so each example is used once an epoch. A client

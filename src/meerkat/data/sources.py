@@ -140,7 +140,7 @@ def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
 def _demo_rows() -> Iterator[Mapping[str, Any]]:
     table = pandas.read_csv(demo_file("rotten_tomatoes_corpus_full.csv.bz2"))
     reviews = table[table["category"].isin(_DEMO_LABELS)]
-    yield from reviews[["text", "category"]].to_dict("records")
+    yield from _records(reviews[["text", "category"]])
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -158,7 +158,13 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"task.source = {str(path)!r} cannot be read: {reason}") from None
-    yield from table.to_dict("records")
+    yield from _records(table)
+
+
+def _records(table: pandas.DataFrame) -> Iterator[Mapping[str, Any]]:
+    columns = [str(column) for column in table.columns]
+    for values in table.itertuples(index=False, name=None):
+        yield dict(zip(columns, values, strict=True))
 
 
 def _dataset(task: Task, path: Path, split: str) -> datasets.Dataset:

@@ -7,7 +7,8 @@ from pathlib import Path
 from meerkat.errors import RunError
 from meerkat.journal import Journal
 from meerkat.report.charts import FIGURES, draw
-from meerkat.report.page import read, render
+from meerkat.report.page import render
+from meerkat.report.summary import read
 
 __all__ = ["write_report"]
 
@@ -30,7 +31,7 @@ def write_report(directory: Path, journal: Journal) -> Path:
             for suffix in ("svg", "png"):
                 (pictures / f"{name}.{suffix}").unlink(missing_ok=True)
         for figure in figures:
-            (pictures / f"{figure.name}.svg").write_text(figure.svg(), "utf-8")
+            (pictures / f"{figure.name}.svg").write_text(figure.svg, "utf-8")
             (pictures / f"{figure.name}.png").write_bytes(figure.png())
         page = directory / "report.html"
         page.write_text(render(run, figures), "utf-8")

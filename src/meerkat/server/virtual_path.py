@@ -1,4 +1,4 @@
-"""A client's path, rebuilt from seeds and scalars, without its data (method.md section 4, step 3)."""
+"""A client's path from seeds and scalars, without its data (method.md section 4, step 3)."""
 
 from __future__ import annotations
 

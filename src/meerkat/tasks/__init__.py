@@ -39,13 +39,14 @@ def resolve_task(section: TaskSection) -> Task:
     try:
         fields = task.fields
     except ValueError as error:
-        raise DataError(f"task.prompt = {task.prompt!r}: {error}; write a column as {{column}}") from None
+        raise DataError(
+            f"task.prompt = {task.prompt!r}: {error}; write a column as {{column}}"
+        ) from None
     if not fields:
         raise DataError(f"task.prompt = {task.prompt!r} shows no column; write it as {{column}}")
     if task.cut_field not in fields:
         raise DataError(
-            f"task.cut = {task.cut!r} is not a field of the prompt; fields: "
-            f"{', '.join(fields)}"
+            f"task.cut = {task.cut!r} is not a field of the prompt; fields: {', '.join(fields)}"
         )
     if task.answer is None and len(task.verbalizers) < 2:
         raise DataError(f"task.verbalizers = {list(task.verbalizers)}: a task needs at least two")

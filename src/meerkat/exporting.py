@@ -83,9 +83,7 @@ def apply_delta(model: nn.Module, path: str | Path) -> None:
     except (SafetensorError, KeyError, ValueError) as error:
         raise MaskError(f"delta {path} is not a delta file, or is damaged: {error}") from None
     shapes = tuple(tuple(shape) for shape in about["shapes"])
-    mask = Mask(
-        tuple(about["names"]), shapes, indices, about["eligible"], about["model"], "delta"
-    )
+    mask = Mask(tuple(about["names"]), shapes, indices, about["eligible"], about["model"], "delta")
     if mask.digest != about["mask"] or len(theta) != mask.size:
         raise MaskError(f"delta {path} is damaged: its digest does not match; export it again")
     found = fingerprint(model)

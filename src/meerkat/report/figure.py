@@ -1,0 +1,146 @@
+"""What all pictures of a report share: their look, their rendering, and how numbers are written."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import altair as alt
+import numpy as np
+import vl_convert
+
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "INK",
+    "LABEL_COLOURS",
+    "PALE_BLUE",
+    "VERMILLION",
+    "Chart",
+    "Figure",
+    "Rows",
+    "byte_unit",
+    "dressed",
+    "left_out",
+    "plain",
+    "plural",
+    "short",
+    "thin",
+]
+
+Chart: TypeAlias = alt.Chart | alt.LayerChart
+Rows: TypeAlias = list[dict[str, Any]]
+
+INK, _MUTED, _FRAME, _RULE = "#1f2933", "#52606d", "#9aa5b1", "#e4e7eb"
+# Okabe and Ito's colours, which colour-blind readers can tell apart; grey is for all the rest.
+BLUE, PALE_BLUE, VERMILLION, GREEN = "#0072B2", "#A8CFE6", "#D55E00", "#009E73"
+LABEL_COLOURS = (BLUE, "#E69F00", GREEN, "#CC79A7", "#56B4E9", VERMILLION, "#F0E442", "#9AA5B1")
+_FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
+# One width for all, so that letters are of one size; it is what a narrow window can show.
+_WIDTH = 480
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One picture."""
+
+    name: str
+    sentence: str
+    """What is to be seen, for the caption and for those who do not see it."""
+    chart: Chart
+
+    @cached_property
+    def svg(self) -> str:
+        """The picture as SVG. Its ids carry its name, so that several fit into one page."""
+        drawn: str = vl_convert.vegalite_to_svg(self.chart.to_dict())
+        # The renderer numbers ids over the life of the process; ours must be the same each time.
+        for place, name in enumerate(dict.fromkeys(re.findall(r'\bid="([^"]+)"', drawn))):
+            own = f"{self.name}-{place}"
+            drawn = drawn.replace(f'id="{name}"', f'id="{own}"').replace(f"(#{name})", f"(#{own})")
+        label = html.escape(self.sentence)
+        return drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+
+    def png(self) -> bytes:
+        """The picture as PNG, at twice its size."""
+        drawn: bytes = vl_convert.vegalite_to_png(self.chart.to_dict(), scale=2)
+        return drawn
+
+
+def dressed(chart: Chart, heading: str, height: int) -> Chart:
+    """The chart with its heading, in the size and look of all pictures."""
+    title = alt.TitleParams(heading, anchor="start", fontSize=15, color=INK, offset=12)
+    whole: Chart = chart.properties(
+        title=title,
+        width=_WIDTH,
+        height=height,
+        padding=8,
+        background="white",
+        autosize=alt.AutoSizeParams(type="fit", contains="padding"),
+    )
+    # Marks need no label of their own: the whole picture has one.
+    look: Chart = whole.configure(
+        font=_FONT,
+        aria=False,
+        view=alt.ViewConfig(stroke=None),
+        axis=alt.AxisConfig(
+            domainColor=_FRAME,
+            gridColor=_RULE,
+            labelColor=_MUTED,
+            labelFontSize=11,
+            tickColor=_FRAME,
+            titleColor=_MUTED,
+            titleFontSize=11,
+            titleFontWeight="normal",
+            titlePadding=8,
+        ),
+        legend=alt.LegendConfig(labelColor=INK, titleColor=_MUTED, titleFontWeight="normal"),
+    )
+    return look
+
+
+def byte_unit(most: float) -> tuple[str, int]:
+    """The largest unit that is not larger than `most` bytes, and its size."""
+    units = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    return [(unit, size) for unit, size in units.items() if size <= max(most, 1)][-1]
+
+
+def short(count: int) -> str:
+    """A count in at most four figures.
+
+    >>> short(999), short(1234567)
+    ('999', '1.2M')
+    """
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return (
+                f"{count / size:.3g}{letter}"
+                if count >= 100 * size
+                else f"{count / size:.2g}{letter}"
+            )
+    return str(count)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def left_out(count: int, shown: int, noun: str) -> str:
+    """The end of a caption, which says if not all is drawn."""
+    return "." if shown == count else f" (drawn are {shown:,} of {count:,} {noun})."
+
+
+def plain(text: str) -> str:
+    """Text without what XML and UTF-8 cannot hold; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def thin(count: int, most: int) -> list[int]:
+    """At most so many of `count` positions, evenly spread, with the first and the last.
+
+    >>> thin(7, 4)
+    [0, 2, 4, 6]
+    """
+    return [round(place) for place in np.linspace(0, count - 1, min(count, most)).tolist()]

@@ -1,0 +1,344 @@
+"""The commands as a user types them: whole runs, kills, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner, Result
+
+import meerkat
+from meerkat.cli import app
+
+Invoke = Callable[..., Result]
+
+
+def toml_of(data: dict[str, Any]) -> str:
+    """Enough TOML for a recipe: JSON's scalars, lists and strings are TOML's."""
+
+    def inline(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{ " + ", ".join(f"{k} = {inline(v)}" for k, v in value.items()) + " }"
+        return json.dumps(value)
+
+    top = [f"{k} = {inline(v)}" for k, v in data.items() if not isinstance(v, dict)]
+    for section, fields in data.items():
+        if isinstance(fields, dict):
+            top += [f"[{section}]", *(f"{k} = {inline(v)}" for k, v in fields.items())]
+    return "\n".join(top) + "\n"
+
+
+@pytest.fixture
+def recipe_file(tiny_recipe_data: dict, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(toml_of(tiny_recipe_data))
+    return path
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def meerkat_process(*arguments: object) -> subprocess.Popen[str]:
+    """The installed command, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "meerkat", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def refused(result: Result, *parts: str) -> None:
+    """Exit code 2 and one line on stderr that names what was wrong."""
+    assert result.exit_code == 2, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    progress = ("Loading", "Calibrating", "Evaluating", "Fine-tuning")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(progress)]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("meerkat: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_help_of_every_command() -> None:
+    commands = "calibrate run resume replay evaluate export report bench".split()
+    overview = invoke("--help").output
+    for command in commands:
+        assert command in overview
+        text = invoke(command, "--help")
+        assert text.exit_code == 0
+        assert "Usage" in text.output
+
+
+def test_a_whole_run_in_processes_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
+    """run, replay --digest, evaluate, export, report, resume; then plain transformers."""
+    out = tmp_path / "run"
+    process = meerkat_process("run", recipe_file, "--out", out)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "Fine-tuning: 12 of 12" in printed
+    summary = json.loads((out / "summary.json").read_text())
+
+    process = meerkat_process("replay", out, "--digest")
+    assert process.communicate(timeout=300)[0].strip() == summary["theta_digest"]
+
+    evaluated = json.loads(invoke("evaluate", out, "--json").stdout)
+    assert evaluated["accuracy"] == summary["accuracy_after"]
+    merged, delta = tmp_path / "merged", tmp_path / "run.delta"
+    assert invoke("export", out, "--to", merged).exit_code == 0
+    assert invoke("export", out, "--to", delta, "--delta").exit_code == 0
+    again = json.loads(invoke("evaluate", merged, "--recipe", recipe_file, "--json").stdout)
+    assert again["accuracy"] == evaluated["accuracy"]
+    assert again["loss"] == pytest.approx(evaluated["loss"], abs=1e-6)
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    name = meerkat.load_recipe(recipe_file).model.name
+    base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    meerkat.apply_delta(base, delta)
+    for ours, theirs in zip(loaded.parameters(), base.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+    assert invoke("report", out).exit_code == 0
+    assert "tiny" in (out / "report.html").read_text()
+    before = (out / "summary.json").read_text()
+    assert invoke("resume", out).exit_code == 0
+    assert (out / "summary.json").read_text() == before
+
+
+def test_calibrate_says_where_the_sensitivity_is(recipe_file: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.safetensors"
+    for _ in range(2):  # the second time it is found in the cache
+        result = invoke("calibrate", recipe_file, "--out", mask)
+        assert result.exit_code == 0, result.output
+        assert "369 of 18,432 eligible parameters" in result.output
+        assert "of the summed score" in result.output
+        assert "model.layers." in result.output
+    used = invoke("run", recipe_file, "--out", tmp_path / "run", "--set", f"mask.file={mask}")
+    assert used.exit_code == 0, used.output
+
+
+def test_set_reaches_the_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = ["--set", "federation.rounds=2", "--set", "noise.kind=rademacher"]
+    assert invoke("run", recipe_file, "--out", out, *changes).exit_code == 0
+    assert json.loads((out / "summary.json").read_text())["rounds"] == 2
+    assert json.loads((out / "recipe.json").read_text())["noise"]["kind"] == "rademacher"
+
+
+def rounds_in(path: Path) -> int:
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=0.1) as connection:
+            count = connection.execute("SELECT count(*) FROM rounds").fetchone()[0]
+        connection.close()
+        return int(count)
+    except sqlite3.Error:
+        return -1
+
+
+def test_ten_kills_and_the_same_result(tiny_recipe_data: dict, tmp_path: Path) -> None:
+    """Kill -9 at ten random moments, from before the journal exists to the last rounds."""
+    data = copy.deepcopy(tiny_recipe_data)
+    data["federation"] |= {"rounds": 60, "clients_per_round": 2}
+    data["evaluation"]["every"] = 7
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(toml_of(data))
+    whole = tmp_path / "whole"
+    assert invoke("run", recipe, "--out", whole).exit_code == 0
+
+    out, journal, moments = (
+        tmp_path / "killed",
+        tmp_path / "killed/journal.sqlite",
+        random.Random(5),
+    )
+    targets = [-1, -1, *sorted(moments.sample(range(1, 58), 8))]
+    for number, target in enumerate(targets):
+        command = ("run", recipe, "--out", out) if number == 0 else ("resume", out)
+        process = meerkat_process(*command)
+        while process.poll() is None and (
+            not (out / "recipe.json").exists() if target < 0 else rounds_in(journal) < target
+        ):
+            time.sleep(0.002)
+        time.sleep(moments.random() * (2 if target < 0 else 0.02))
+        assert process.poll() is None, process.communicate()[0]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert invoke("resume", out).exit_code == 0
+
+    first, second = (json.loads((path / "summary.json").read_text()) for path in (whole, out))
+    for summary in (first, second):
+        assert summary.pop("seconds") > 0
+    assert first == second
+
+
+def test_a_directory_with_another_run_is_refused(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert invoke("run", recipe_file, "--out", out).exit_code == 0
+    kept = (out / "journal.sqlite").read_bytes()
+    refused(invoke("run", recipe_file, "--out", out), "holds another run", "meerkat resume")
+    assert (out / "journal.sqlite").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("federation.cleints=3", ["federation.cleints", "known key"]),
+        ("federtaion.clients=3", ["federtaion", "known key"]),
+        ("federation.rounds=many", ["federation.rounds", "'many'"]),
+        ("federation.rounds=2.5", ["federation.rounds", "2.5"]),
+        ("mask.density=0", ["mask.density", "0", "greater than 0"]),
+        ("mask.density=2", ["mask.density", "2", "less than or equal to 1"]),
+        ("optimizer.learning_rate=-1", ["optimizer.learning_rate", "-1"]),
+        ("optimizer.epsilon=big", ["optimizer.epsilon", "'big'"]),
+        ("federation.clients=5000", ["federation.clients = 5000", "too few"]),
+        ("federation.clients_per_round=9", ["federation.clients_per_round = 9"]),
+        ("federation.partition.kind=odd", ["federation.partition.kind", "'odd'"]),
+        ("task.source=none.csv", ["task.source", "none.csv", "no such file"]),
+        ("task.name=ssst2", ["task.name", "ssst2", "sst2"]),
+        ("task.prompt=It was", ["task.prompt"]),
+        ("task.prompt={nothing} It was", ["nothing", "columns: text, label"]),
+        ('task.verbalizers={neg="terrible"}', ["task.verbalizers", "at least two"]),
+        ('task.verbalizers={neg="bad", other="good"}', ["label 'pos' has no verbalizer"]),
+        ('task.verbalizers={neg="great film", pos="great story"}', ["start with the same token"]),
+        ("model.name=./nowhere", ["model.name", "./nowhere"]),
+        ("mask.corpus=none.txt", ["none.txt"]),
+        ("mask.batches=9000", ["mask.corpus", "lower mask.batches"]),
+        ("mask.include=['*nothing*']", ["mask.include", "*nothing*"]),
+        ("mask.file=none.safetensors", ["none.safetensors", "no such file"]),
+        ("runtime.device=tpu", ["runtime.device", "tpu"]),
+        ("nonsense", ["--set 'nonsense'"]),
+    ],
+)
+def test_bad_input(recipe_file: Path, tmp_path: Path, change: str, parts: list[str]) -> None:
+    out = tmp_path / "run"
+    refused(invoke("run", recipe_file, "--out", out, "--set", change), *parts)
+    assert not out.exists()
+
+
+def test_missing_and_malformed_recipes(tmp_path: Path) -> None:
+    refused(invoke("run", tmp_path / "none.toml"), "none.toml", "no such file")
+    (tmp_path / "bad.toml").write_text("[model\n")
+    refused(invoke("run", tmp_path / "bad.toml"), "bad.toml", "not valid TOML")
+    (tmp_path / "empty.toml").write_text("")
+    refused(invoke("run", tmp_path / "empty.toml"), "model is missing")
+
+
+def test_empty_text(recipe_file: Path, tmp_path: Path) -> None:
+    data = tmp_path / "reviews.csv"
+    data.write_text("text,label\na film,pos\n   ,neg\n")
+    refused(
+        invoke("run", recipe_file, "--set", f"task.source={data}", "--out", tmp_path / "run"),
+        "row 2",
+        "'text' is empty",
+    )
+
+
+def test_mask_of_another_model(recipe_file: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.safetensors"
+    assert invoke("calibrate", recipe_file, "--out", mask).exit_code == 0
+    result = invoke(
+        "run", recipe_file, "--out", tmp_path / "run", "--set", f"mask.file={mask}",
+        "--set", "model.dtype=bfloat16",
+    )  # fmt: skip
+    refused(result, "made for another model", "calibrate for this model")
+
+
+def test_journal_of_another_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert invoke("run", recipe_file, "--out", out).exit_code == 0
+    edited = json.loads((out / "recipe.json").read_text())
+    edited["optimizer"]["learning_rate"] = 0.5
+    (out / "recipe.json").write_text(json.dumps(edited))
+    for command in ("resume", "replay", "report"):
+        refused(invoke(command, out), "not the recipe of this journal", "only [runtime] may change")
+
+
+def test_runtime_may_change(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert invoke("run", recipe_file, "--out", out).exit_code == 0
+    edited = json.loads((out / "recipe.json").read_text())
+    edited["runtime"]["tokens_per_pass"] = 50
+    (out / "recipe.json").write_text(json.dumps(edited))
+    assert invoke("resume", out).exit_code == 0
+
+
+def test_damaged_journal(tiny_recipe_data: dict, tmp_path: Path) -> None:
+    data = copy.deepcopy(tiny_recipe_data)
+    data["federation"]["rounds"] = 6
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(toml_of(data))
+    out = tmp_path / "run"
+    assert invoke("run", recipe, "--out", out).exit_code == 0
+    summary = json.loads((out / "summary.json").read_text())
+    with sqlite3.connect(out / "journal.sqlite") as connection:
+        connection.execute("UPDATE rounds SET entries = zeroblob(48) WHERE round = 4")
+    connection.close()
+    for command in ("resume", "replay", "report"):
+        refused(invoke(command, out), "damaged after 4 good rounds", "--recover")
+    result = invoke("resume", out, "--recover")
+    assert result.exit_code == 0, result.output
+    assert (out / "journal.sqlite.damaged").exists()
+    again = json.loads((out / "summary.json").read_text())
+    assert again["theta_digest"] == summary["theta_digest"]
+
+
+def test_non_finite_loss(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = invoke(
+        "run", recipe_file, "--out", out,
+        "--set", "optimizer.learning_rate=1e30", "--set", "federation.rounds=30",
+    )  # fmt: skip
+    refused(result, "round", "lower optimizer.learning_rate")
+    assert invoke("replay", out, "--digest").exit_code == 0
+
+
+def test_directories_without_a_run(tmp_path: Path) -> None:
+    for command in ("resume", "replay", "report"):
+        refused(invoke(command, tmp_path / "none"), "none")
+    refused(invoke("evaluate", tmp_path), "no run directory", "--recipe")
+    refused(invoke("export", tmp_path, "--to", tmp_path / "x"), "holds no journal")
+
+
+def test_export_overwrites_nothing(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert invoke("run", recipe_file, "--out", out).exit_code == 0
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    refused(invoke("export", out, "--to", taken), "not an empty folder")
+    refused(invoke("export", out, "--to", taken / "file", "--delta"), "exists")
+
+
+def test_changed_data_are_noticed(recipe_file: Path, tmp_path: Path) -> None:
+    source = Path(meerkat.load_recipe(recipe_file).task.source or "")
+    own = tmp_path / "own.csv"
+    own.write_text(source.read_text())
+    out = tmp_path / "run"
+    change = f"task.source={own}"
+    assert invoke("run", recipe_file, "--out", out, "--set", change).exit_code == 0
+    own.write_text("\n".join(own.read_text().splitlines()[:-20]) + "\n")
+    refused(invoke("resume", out), "another partition")
+
+
+def test_delta_onto_the_wrong_model(recipe_file: Path, tmp_path: Path) -> None:
+    out, delta = tmp_path / "run", tmp_path / "run.delta"
+    assert invoke("run", recipe_file, "--out", out).exit_code == 0
+    assert invoke("export", out, "--to", delta, "--delta").exit_code == 0
+    name = meerkat.load_recipe(recipe_file).model.name
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    with pytest.raises(meerkat.MeerkatError, match="made for another model"):
+        meerkat.apply_delta(model, delta)
