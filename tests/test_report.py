@@ -20,10 +20,10 @@ from meerkat.errors import RunError
 from meerkat.journal import Evaluated, Header, Journal, RoundMetrics
 from meerkat.protocol import ClientReport, LogEntry
 from meerkat.recipe import parse_recipe
-from meerkat.report import charts, write_report
-from meerkat.report.charts import _cells, _split
-from meerkat.report.curves import _running_mean
-from meerkat.report.figure import Figure, thin
+from meerkat.reporting import charts, write_report
+from meerkat.reporting.charts import _cells, _split
+from meerkat.reporting.curves import _running_mean
+from meerkat.reporting.figure import thin
 from meerkat.rounds import RoundRecord
 
 THETA = np.zeros(8, np.float32)
@@ -33,17 +33,10 @@ KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 def header(clients: int = 4, labels: tuple[str, ...] = ("terrible", "great"), **recipe) -> Header:
     generator = np.random.default_rng(clients)
     shares = generator.dirichlet([0.5] * max(1, len(labels)), clients)
-    parsed = parse_recipe(
-        {
-            "model": {"name": recipe.get("model", "tiny-llama")},
-            "task": {"name": recipe.get("task", "sst2")},
-            "federation": {
-                "clients": clients,
-                "rounds": recipe.get("rounds", 6),
-                "partition": {"kind": "dirichlet", "alpha": 0.5},
-            },
-        }
-    )
+    split = {"kind": "dirichlet", "alpha": 0.5}
+    federation = {"clients": clients, "rounds": recipe.get("rounds", 6), "partition": split}
+    model = {"name": recipe.get("model", "tiny-llama")}
+    parsed = parse_recipe({"model": model, "task": {"name": "sst2"}, "federation": federation})
     return Header(
         recipe=parsed.to_json(),
         fingerprint=parsed.fingerprint,
@@ -103,9 +96,9 @@ def journal(
 
 
 def report(directory: Path, *args, **kwargs) -> str:
-    with_journal = journal(directory, *args, **kwargs)
-    path = write_report(directory, with_journal)
-    with_journal.close()
+    written = journal(directory, *args, **kwargs)
+    path = write_report(directory, written)
+    written.close()
     assert path == directory / "report.html"
     return path.read_text("utf-8")
 
@@ -125,36 +118,35 @@ def pictures(directory: Path) -> set[str]:
     return {path.name for path in (directory / "report").iterdir()}
 
 
-def test_page_is_self_contained_and_tells_the_journal(tmp_path):
-    page = report(tmp_path)
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a finished run."""
+    directory = tmp_path_factory.mktemp("usual")
+    report(directory)
+    return directory
+
+
+def test_page_is_self_contained_and_tells_the_journal(usual):
+    page = (usual / "report.html").read_text("utf-8")
     check_self_contained(page)
-    for told in (
-        "sst2 on tiny-llama",
-        "finished",
-        "50.0 → 75.0 %",
-        "+25.0 points, before and after 6 rounds",
-        "0.700 → 0.500",
-        "28 B",
-        "48 B",
-        "1.824 kB",
-        "123,456",
-        "0.125 % of 98,765,432 eligible",
-        "1.5 s",
-        digest(THETA + 6),
-        "ab" * 32,
-        "learning_rate",
-        "0.0001",
-    ):
-        assert told in page, told
+    told = (
+        "sst2 on tiny-llama|finished|50.0 → 75.0 %|+25.0 points, before and after 6 rounds|"
+        "0.700 → 0.500|28 B|48 B|1.824 kB|123,456|0.125 % of 98,765,432 eligible|1.5 s|"
+        "learning_rate|0.0001"
+    )
+    for piece in [*told.split("|"), digest(THETA + 6), "ab" * 32]:
+        assert piece in page, piece
     assert page.count("<svg") == page.count("<figcaption>") == 6
     assert page.count('role="img" aria-label="') == 6
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
 
 
-def test_pictures_are_written_in_both_formats(tmp_path):
-    report(tmp_path)
+def test_pictures_are_written_in_both_formats(usual):
     expected = {f"{name}.{suffix}" for name in charts.FIGURES for suffix in ("svg", "png")}
-    assert pictures(tmp_path) == expected
-    for path in (tmp_path / "report").iterdir():
+    assert pictures(usual) == expected
+    for path in (usual / "report").iterdir():
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().get("width") == "480"
         else:
@@ -162,18 +154,10 @@ def test_pictures_are_written_in_both_formats(tmp_path):
                 assert image.width == 960
 
 
-def test_ids_of_several_pictures_do_not_clash(tmp_path):
-    page = report(tmp_path)
-    ids = re.findall(r'\sid="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
-    assert set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
-
-
-def test_same_journal_gives_same_bytes(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert report(one) == report(two)
-    for name in pictures(one):
-        assert (one / "report" / name).read_bytes() == (two / "report" / name).read_bytes()
+def test_same_journal_gives_same_bytes(tmp_path, usual):
+    assert report(tmp_path) == (usual / "report.html").read_text("utf-8")
+    for name in pictures(usual):
+        assert (tmp_path / "report" / name).read_bytes() == (usual / "report" / name).read_bytes()
 
 
 @pytest.mark.parametrize("clients", [1, 8, 100])
@@ -188,18 +172,13 @@ def test_any_number_of_clients(tmp_path, clients):
 def test_many_clients_labels_and_rounds_stay_small(tmp_path):
     labels = tuple(f"label-{i}" for i in range(30))
     head = header(1000, labels, rounds=2500)
-    run = draw_only(head, rounds=2500)
+    sent = [1000 * done for done in range(2501)]
+    run = {figure.name: figure for figure in charts.draw(head, [0.7] * 2500, sent, [])}
     assert "drawn are 200 of 1,000 clients" in run["clients"].sentence
     assert "drawn are 1,000 of 2,500 rounds" in run["loss"].sentence
     assert "23 other labels" in run["clients"].svg
     assert len(run["loss"].svg) < 100_000
     assert len(run["clients"].svg) < 500_000
-
-
-def draw_only(head: Header, rounds: int) -> dict[str, Figure]:
-    losses = [0.7] * rounds
-    sent = [1000 * done for done in range(rounds + 1)]
-    return {figure.name: figure for figure in charts.draw(head, losses, sent, [])}
 
 
 @pytest.mark.parametrize("evaluate", [(), (0,)])
@@ -218,20 +197,15 @@ def test_unfinished_run_says_so(tmp_path):
     assert "before the first round" in page
 
 
-def test_free_text_shows_loss_alone(tmp_path):
+def test_free_text_shows_loss_alone_where_an_earlier_report_had_more(tmp_path):
+    report(tmp_path)
+    (tmp_path / "report" / "mine.svg").write_text("kept")
+    (tmp_path / "journal.sqlite").unlink()
     page = report(tmp_path, header(labels=()), accuracy=False)
     check_self_contained(page)
     assert "Held-out accuracy" not in page
     assert "0.700 → 0.500" in page
     assert not any(name.startswith("accuracy") for name in pictures(tmp_path))
-
-
-def test_pictures_of_an_earlier_report_go(tmp_path):
-    report(tmp_path)
-    (tmp_path / "report" / "mine.svg").write_text("kept")
-    (tmp_path / "journal.sqlite").unlink()
-    report(tmp_path, header(labels=()), accuracy=False)
-    assert "accuracy.svg" not in pictures(tmp_path)
     assert "mine.svg" in pictures(tmp_path)
 
 
@@ -246,19 +220,18 @@ def test_hostile_text_is_escaped(tmp_path):
     bad = '</svg><script>alert("x")</script>\x00\ud800'
     head = header(labels=(bad, "good"), model=f"<img src=x onerror=alert(1)>{bad[:-1]}")
     head = replace(head, mask_parts={f"model.layers.0.{bad}.weight": 3, "<b>.weight": 4})
-    path = tmp_path / "run"
-    page = report(path, head)
+    page = report(tmp_path, head)
     assert "<script" not in page
     assert "<img" not in page
     assert "&lt;script&gt;" in page
-    for picture in (path / "report").glob("*.svg"):
+    for picture in (tmp_path / "report").glob("*.svg"):
         assert "<script" not in picture.read_text("utf-8")
         ElementTree.parse(picture)
 
 
 def test_recipe_of_another_shape(tmp_path):
-    head = replace(header(), recipe=json.dumps({"a": {"b": {"c": [1, 2]}}, "d": None}))
-    page = report(tmp_path, head)
+    recipe = json.dumps({"a": {"b": {"c": [1, 2]}}, "d": None})
+    page = report(tmp_path, replace(header(), recipe=recipe))
     assert "b.c" in page
     assert "1, 2" in page
 
@@ -271,32 +244,23 @@ def test_directory_that_cannot_be_written(tmp_path):
     written.close()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("model.layers.3.mlp.down_proj.weight", ("3", ("mlp", "down_proj"))),
-        ("transformer.h.0.attn.c_attn.weight", ("0", ("attn", "c_attn"))),
-        ("model.decoder.layers.11.fc1.bias", ("11", ("fc1 bias",))),
-        ("model.layers.2.mlp.experts.5.up_proj.weight", ("2", ("mlp", "experts", "up_proj"))),
-        ("lm_head.weight", ("outside", ("lm_head",))),
-        ("model.embed_tokens.weight", ("outside", ("embed_tokens",))),
-    ],
-)
-def test_place_of_a_parameter(name, expected):
-    assert _split(name) == expected
+def test_place_of_a_parameter():
+    for name, expected in {
+        "model.layers.3.mlp.down_proj.weight": ("3", ("mlp", "down_proj")),
+        "transformer.h.0.attn.c_attn.weight": ("0", ("attn", "c_attn")),
+        "model.decoder.layers.11.fc1.bias": ("11", ("fc1 bias",)),
+        "model.layers.2.mlp.experts.5.up_proj.weight": ("2", ("mlp", "experts", "up_proj")),
+        "model.embed_tokens.weight": ("outside", ("embed_tokens",)),
+    }.items():
+        assert _split(name) == expected
 
 
 def test_cells_tell_equal_names_apart_and_keep_order():
-    parts = {
-        "wte.weight": 5,
-        "h.10.attn.c_proj.weight": 1,
-        "h.10.mlp.c_proj.weight": 2,
-        "h.2.mlp.c_fc.weight": 3,
-    }
-    cells, kinds, blocks = _cells(parts)
+    names = ("wte", "h.10.attn.c_proj", "h.10.mlp.c_proj", "h.2.mlp.c_fc")
+    cells, kinds, blocks = _cells({f"{name}.weight": len(name) for name in names})
     assert kinds == ["wte", "attn.c_proj", "mlp.c_proj", "c_fc"]
     assert blocks == ["outside", "2", "10"]
-    assert cells["10", "mlp.c_proj"] == 2
+    assert cells["10", "mlp.c_proj"] == len("h.10.mlp.c_proj")
 
 
 def test_thin_keeps_the_ends():
@@ -315,16 +279,17 @@ def test_running_mean_leaves_out_what_is_not_finite():
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [480, 1200])
-def test_browser_shows_it_without_complaint(tmp_path, width):
-    report(tmp_path)
+def test_browser_shows_it_without_complaint(tmp_path, usual, width):
     picture = tmp_path / "page.png"
-    command = (
-        "chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
         "--disable-background-networking --disable-component-update --disable-sync "
         f"--user-data-dir={tmp_path / 'profile'} --enable-logging=stderr "
-        f"--screenshot={picture} --window-size={width},2600 file://{tmp_path / 'report.html'}"
+        f"--screenshot={picture} --window-size={width},2600 file://{usual / 'report.html'}"
     )
-    done = subprocess.run(command.split(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["chromium", *options.split()], capture_output=True, text=True, timeout=120
+    )
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert complaints == []
     with Image.open(picture) as image:

@@ -23,7 +23,7 @@ from meerkat.mask import save_mask
 from meerkat.models import load_model
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe, load_recipe, parse_recipe
-from meerkat.report import write_report
+from meerkat.reporting import write_report
 
 __all__ = ["Replayed", "calibrate", "evaluate", "export", "replay", "report", "resume", "run"]
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from meerkat.data.corpus import calibration_batches, sequences
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.partition import label_counts, partition
 from meerkat.data.sources import Split, load_examples
+from meerkat.errors import MaskError
 from meerkat.journal import Header
 from meerkat.mask import (
     Mask,
@@ -221,7 +223,7 @@ def _cached(recipe: Recipe, loaded: LoadedModel, progress: Progress) -> Calibrat
     content = json.dumps([loaded.fingerprint, settings], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:24]
     path = cache_dir(recipe.runtime, "masks") / f"{key}.safetensors"
-    if path.exists():
+    with suppress(MaskError):  # absent, damaged, or of another version: made again
         return Calibrated(load_mask(path, loaded.fingerprint), path)
     mask = _sensitive(recipe, loaded, None, progress)
     save_mask(mask, path)

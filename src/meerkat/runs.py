@@ -24,7 +24,7 @@ from meerkat.journal import Evaluated, Header, Journal, replay
 from meerkat.mask import Mask, load_mask, save_mask
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe, load_recipe
-from meerkat.report import write_report
+from meerkat.reporting import write_report
 from meerkat.training import restore_state, train
 
 __all__ = [

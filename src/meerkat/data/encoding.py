@@ -38,8 +38,11 @@ class Encoder:
         self.task = task
         self.max_length = min(max_length, window)
         self._tokenizer = tokenizer
-        # A prompt that ends in a blank or a new line is followed by the answer as it stands.
-        self._separator = "" if task.prompt[-1:].isspace() else " "
+        # The blank between prompt and answer belongs to the answer's first token. A prompt that
+        # ends in a new line is followed by the answer as it stands.
+        self._template = task.prompt.removesuffix(" ")
+        blank = task.prompt.endswith(" ") or not task.prompt[-1:].isspace()
+        self._separator = " " if blank else ""
         self.verbalizers = tuple(self._answer(word) for word in task.verbalizers)
         self._check_verbalizers()
 
@@ -77,16 +80,17 @@ class Encoder:
         """Tokens of the prompt with the first `keep` characters of the text; `None` keeps all."""
         fields = dict(example.fields)
         fields[self.task.cut_field] = str(fields[self.task.cut_field])[:keep]
-        ids = list(self._ids(self.task.prompt.format(**fields), special=True))
+        ids = list(self._ids(self._template.format(**fields), special=True))
         # Some tokenizers end a text by EOS; the answer comes first.
         return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
     def _answer(self, answer: str) -> tuple[int, ...]:
         """Tokens of an answer as they follow the end of the prompt."""
-        tail = self.task.prompt.rpartition("}")[2][-20:]
+        # Some tokenizers put a blank before a text, so that the answer needs a word before it.
+        tail = self._template.rpartition("}")[2][-20:] or "a"
         before = self._ids(tail)
         both = self._ids(tail + self._separator + answer)
-        if before and both[: len(before)] == before:
+        if both[: len(before)] == before:
             return both[len(before) :]
         return self._ids(self._separator + answer)
 
@@ -97,7 +101,7 @@ class Encoder:
     def _check_verbalizers(self) -> None:
         first: dict[int, str] = {}
         for word, tokens in zip(self.task.verbalizers, self.verbalizers, strict=True):
-            if not tokens:
+            if not tokens or not word.strip():
                 raise DataError(f"task.verbalizers: {word!r} has no token; give it a word")
             if tokens[0] in first:
                 raise DataError(

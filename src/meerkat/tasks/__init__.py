@@ -9,7 +9,7 @@ from typing import Any
 from meerkat.errors import DataError
 from meerkat.recipe import TaskSection
 from meerkat.tasks import ag_news, boolq, demo, rotten_tomatoes, rte, sst2, wic, wsc, yelp
-from meerkat.tasks.base import Example, Task
+from meerkat.tasks.base import FILE_SUFFIXES, Example, Task
 
 __all__ = ["Example", "Task", "resolve_task", "task_names"]
 
@@ -42,8 +42,11 @@ def resolve_task(section: TaskSection) -> Task:
         raise DataError(
             f"task.prompt = {task.prompt!r}: {error}; write a column as {{column}}"
         ) from None
-    if not fields:
-        raise DataError(f"task.prompt = {task.prompt!r} shows no column; write it as {{column}}")
+    # `str.format` takes no name or a number for a position, and a dot or bracket for a part.
+    unusable = [name for name in fields if not name or name.isdigit() or set(name) & set(".[")]
+    if not fields or unusable:
+        what = f"cannot show {unusable[0]!r}" if unusable else "shows no column"
+        raise DataError(f"task.prompt = {task.prompt!r} {what}; write a column as {{column}}")
     if task.cut_field not in fields:
         raise DataError(
             f"task.cut = {task.cut!r} is not a field of the prompt; fields: {', '.join(fields)}"
@@ -82,6 +85,7 @@ def _overrides(section: TaskSection) -> dict[str, Any]:
         changed["labels"] = tuple(section.verbalizers)
     elif section.verbalizers is not None:
         changed["verbalizers"] = section.verbalizers
-    if section.source is not None and Path(section.source).suffix and section.test_split is None:
+    is_file = section.source is not None and Path(section.source).suffix.lower() in FILE_SUFFIXES
+    if is_file and section.test_split is None:
         changed["test_split"] = None  # one file has one split
     return changed

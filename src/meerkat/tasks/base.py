@@ -6,7 +6,10 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Example", "Task"]
+__all__ = ["FILE_SUFFIXES", "Example", "Task"]
+
+FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+"""Names of sources that are one file end in one of these."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Task:
     @property
     def fields(self) -> tuple[str, ...]:
         """Columns that the prompt shows, in order."""
-        return tuple(field for _, field, _, _ in string.Formatter().parse(self.prompt) if field)
+        parts = string.Formatter().parse(self.prompt)
+        return tuple(field for _, field, _, _ in parts if field is not None)
 
     @property
     def cut_field(self) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 
 from meerkat.journal import Evaluated, Header
-from meerkat.report.curves import accuracy, axes, loss
-from meerkat.report.figure import (
+from meerkat.reporting.curves import accuracy, axes, loss
+from meerkat.reporting.figure import (
     INK,
     LABEL_COLOURS,
     Chart,
@@ -135,8 +135,8 @@ def _mask(parts: dict[str, int]) -> Figure | None:
         for (block, kind), count in cells.items()
     ]
     x = alt.X("kind:N", title="kind of tensor", sort=kinds, axis=alt.Axis(labelAngle=-40))
-    tall = len(blocks) <= 40
-    marked = blocks if tall else blocks[::5]
+    roomy = len(blocks) <= 40
+    marked = [b for b in blocks if roomy or not b.isdigit() or int(b) % 5 == 0]
     y = alt.Y("block:N", title="decoder block", sort=blocks, axis=alt.Axis(values=marked))
     base = alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y)
     blues = alt.SchemeParams("blues", extent=[0, 1])
@@ -147,7 +147,7 @@ def _mask(parts: dict[str, int]) -> Figure | None:
         legend=alt.Legend(gradientLength=120, tickCount=4, labelExpr="format(datum.value, '~s')"),
     )
     chart: Chart = base.mark_rect(stroke="white", strokeWidth=1).encode(color=colour)
-    if len(kinds) <= 9 and tall:
+    if len(kinds) <= 9 and roomy:
         ink = alt.condition(alt.datum.count > 0.3 * most, alt.value("white"), alt.value(INK))
         text = base.mark_text(fontSize=9).encode(text="text:N", color=ink)
         chart = alt.LayerChart(layer=[chart, text])
@@ -157,10 +157,10 @@ def _mask(parts: dict[str, int]) -> Figure | None:
     (kind, held), ((block, where), peak) = by_kind.most_common(1)[0], cells.most_common(1)[0]
     place = f"in block {block}" if block.isdigit() else "outside the blocks"
     sentence = (
-        f"Of {total:,} masked parameters {100 * held / total:.0f} % lie in {kind}; the fullest cell "
-        f"is {where} {place}, with {peak:,}."
+        f"Of {total:,} masked parameters {100 * held / total:.0f} % lie in {kind}; the fullest "
+        f"cell is {where} {place}, with {peak:,}."
     )
-    height = 110 + (16 if tall else 6) * len(blocks)
+    height = 110 + (16 if roomy else 6) * len(blocks)
     return Figure("mask", sentence, dressed(chart, "Where in the model the mask lies", height))
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from meerkat.errors import RunError
 from meerkat.journal import Journal
-from meerkat.report.charts import FIGURES, draw
-from meerkat.report.page import render
-from meerkat.report.summary import read
+from meerkat.reporting.charts import FIGURES, draw
+from meerkat.reporting.page import render
+from meerkat.reporting.summary import read
 
 __all__ = ["write_report"]
 

@@ -12,8 +12,8 @@ from importlib.resources import files
 from typing import Any
 
 from meerkat.journal import Evaluated
-from meerkat.report.figure import Figure, plain, plural, thin
-from meerkat.report.summary import Run, duration, facts
+from meerkat.reporting.figure import Figure, plain, plural, thin
+from meerkat.reporting.summary import Run, duration, facts
 
 __all__ = ["render"]
 
@@ -87,7 +87,9 @@ def _header(run: Run, title: str) -> str:
     )
     return (
         f'<header>\n<p class="state {kind}">{state}</p>\n<h1>{title}</h1>\n'
-        f'<p class="lead">{_safe(lead)}</p>\n</header>'
+        f'<p class="lead">{_safe(lead)}</p>\n'
+        f'<p class="lead">θ after {plural(run.rounds, "round")}: '
+        f"<code>{_safe(run.theta_digest[:16])}</code></p>\n</header>"
     )
 
 

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from meerkat.journal import Evaluated, Header, Journal, replay
-from meerkat.report.figure import byte_unit, plural
+from meerkat.reporting.figure import byte_unit, plural
 
 __all__ = ["Fact", "Run", "duration", "facts", "read"]
 

@@ -11,7 +11,7 @@ import altair as alt
 import numpy as np
 
 from meerkat.journal import Evaluated
-from meerkat.report.figure import (
+from meerkat.reporting.figure import (
     BLUE,
     GREEN,
     INK,
