@@ -10,7 +10,11 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: demo test check clean
 
 demo: .venv/demo.stamp
-	$(BIN)/meerkat run recipes/demo.toml --out runs/demo
+	@if [ -e runs/demo/recipe.json ]; then \
+		echo "runs/demo is there: going on with it"; $(BIN)/meerkat resume runs/demo; \
+	else \
+		$(BIN)/meerkat run recipes/demo.toml --out runs/demo; \
+	fi
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest

@@ -76,7 +76,7 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_help_of_every_command() -> None:
-    commands = "calibrate run resume replay evaluate export report bench".split()
+    commands = ["calibrate", "run", "resume", "replay", "evaluate", "export", "report", "bench"]
     overview = invoke("--help").output
     for command in commands:
         assert command in overview
@@ -274,6 +274,7 @@ def test_runtime_may_change(recipe_file: Path, tmp_path: Path) -> None:
     edited["runtime"]["tokens_per_pass"] = 50
     (out / "recipe.json").write_text(json.dumps(edited))
     assert invoke("resume", out).exit_code == 0
+    assert invoke("evaluate", out).exit_code == 0
 
 
 def test_damaged_journal(tiny_recipe_data: dict, tmp_path: Path) -> None:
@@ -331,6 +332,9 @@ def test_changed_data_are_noticed(recipe_file: Path, tmp_path: Path) -> None:
     change = f"task.source={own}"
     assert invoke("run", recipe_file, "--out", out, "--set", change).exit_code == 0
     own.write_text("\n".join(own.read_text().splitlines()[:-20]) + "\n")
+    with sqlite3.connect(out / "journal.sqlite") as connection:  # as if it had not ended
+        connection.execute("DELETE FROM evaluations WHERE round > 0")
+    connection.close()
     refused(invoke("resume", out), "another partition")
 
 

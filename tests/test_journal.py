@@ -14,9 +14,10 @@ import pytest
 
 from meerkat.descent import digest, follow
 from meerkat.errors import JournalError
-from meerkat.journal import Evaluated, Header, Journal, RoundMetrics, replay
+from meerkat.journal import Journal, replay
 from meerkat.noise import SHARED
 from meerkat.protocol import ClientReport, LogEntry
+from meerkat.records import Evaluated, Header, RoundMetrics
 from meerkat.rounds import RoundRecord
 
 N = 50

@@ -114,7 +114,8 @@ def test_ties_go_to_the_earlier_coordinate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("density", "eligible", "n"), [(1e-3, 12_345, 12), (1e-3, 12_600, 13), (1e-3, 10, 1), (1, 9, 9)]
+    ("density", "eligible", "n"),
+    [(1e-3, 12_345, 12), (1e-3, 12_600, 13), (1e-3, 10, 1), (1.0, 9, 9)],
 )
 def test_mask_size_is_rounded(density: float, eligible: int, n: int) -> None:
     assert mask_size(density, eligible) == n

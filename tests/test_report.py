@@ -17,9 +17,10 @@ from PIL import Image
 
 from meerkat.descent import digest
 from meerkat.errors import RunError
-from meerkat.journal import Evaluated, Header, Journal, RoundMetrics
+from meerkat.journal import Journal
 from meerkat.protocol import ClientReport, LogEntry
 from meerkat.recipe import parse_recipe
+from meerkat.records import Evaluated, Header, RoundMetrics
 from meerkat.reporting import charts, write_report
 from meerkat.reporting.charts import _cells, _split
 from meerkat.reporting.curves import _running_mean

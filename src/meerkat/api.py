@@ -17,12 +17,12 @@ from meerkat.descent import Theta
 from meerkat.errors import RunError
 from meerkat.evaluation import evaluate_objective
 from meerkat.exporting import save_delta, save_merged
-from meerkat.journal import Evaluated
 from meerkat.journal import replay as replay_journal
 from meerkat.mask import save_mask
 from meerkat.models import load_model
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe, load_recipe, parse_recipe
+from meerkat.records import Evaluated
 from meerkat.reporting import write_report
 
 __all__ = ["Replayed", "calibrate", "evaluate", "export", "replay", "report", "resume", "run"]

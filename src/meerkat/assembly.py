@@ -21,7 +21,6 @@ from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.partition import label_counts, partition
 from meerkat.data.sources import Split, load_examples
 from meerkat.errors import MaskError
-from meerkat.journal import Header
 from meerkat.mask import (
     Mask,
     eligible_parameters,
@@ -38,6 +37,7 @@ from meerkat.noise import Directions
 from meerkat.objective import Objective
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe
+from meerkat.records import Header
 from meerkat.space import MaskedSpace
 from meerkat.tasks import Example, Task, resolve_task
 

@@ -10,9 +10,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from meerkat.data.encoding import Encoded
-from meerkat.journal import Evaluated
 from meerkat.objective import Objective
 from meerkat.progress import Progress
+from meerkat.records import Evaluated
 
 __all__ = ["evaluate_objective", "macro_f1"]
 

@@ -12,15 +12,13 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from meerkat.descent import Theta, digest, follow
 from meerkat.errors import JournalError, ProtocolError
-from meerkat.noise import Directions
 from meerkat.protocol import (
     ClientReport,
     decode_entries,
@@ -28,9 +26,10 @@ from meerkat.protocol import (
     encode_entries,
     encode_report,
 )
+from meerkat.records import Evaluated, Header, RoundMetrics
 from meerkat.rounds import RoundRecord
 
-__all__ = ["Evaluated", "Header", "Journal", "RoundMetrics", "replay"]
+__all__ = ["Journal", "replay"]
 
 _SCHEMA = """
 CREATE TABLE header (key TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -41,67 +40,6 @@ CREATE TABLE reports (round INTEGER, client INTEGER, payload BLOB NOT NULL,
 CREATE TABLE evaluations (round INTEGER PRIMARY KEY, content TEXT NOT NULL);
 """
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a run starts from."""
-
-    recipe: str
-    """The recipe as JSON."""
-    fingerprint: str
-    """The recipe's fingerprint."""
-    model: str
-    """The base model's fingerprint."""
-    mask: str
-    """The mask's digest."""
-    mask_kind: str
-    mask_size: int
-    eligible: int
-    mask_parts: dict[str, int]
-    """Masked parameters in each tensor."""
-    noise: str
-    """The noise generator's fingerprint."""
-    seed: int
-    kind: str
-    shared: bool
-    perturbations: int
-    labels: list[str]
-    label_counts: list[list[int]]
-    """Examples of each label that each client holds."""
-    partition: str
-    """Digest of which client holds which examples."""
-
-    @property
-    def directions(self) -> Directions:
-        kind: Any = self.kind
-        return Directions(self.seed, self.mask_size, kind, self.shared, self.perturbations)
-
-
-@dataclass(frozen=True)
-class RoundMetrics:
-    """What was measured beside a round; nothing is computed from it."""
-
-    loss: float
-    """Mean training loss of the clients; known in simulation only."""
-    bytes_up: int
-    """Encoded size of all reports."""
-    bytes_down: int
-    """Encoded size of all plans."""
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """An evaluation at the θ before round `round`."""
-
-    round: int
-    accuracy: float | None
-    """None for free text."""
-    macro_f1: float | None
-    loss: float
-    examples: int
-    seconds: float
 
 
 class Journal:

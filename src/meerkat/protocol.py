@@ -6,6 +6,7 @@ All integers and floats are little-endian. A report is 24 bytes and 4 for each s
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,13 +106,15 @@ def decode_plan(data: bytes) -> RoundPlan:
     """The plan in these bytes.
 
     Raises:
-        ProtocolError: They are no plan of this version.
+        ProtocolError: They are no plan of this version, or a number is not finite.
     """
     version, steps, number, first, start, rate, count = _unpack(_PLAN, data, "plan")
     if version != VERSION or not steps:
         raise ProtocolError(f"plan of version {version} with {steps} steps; this is {VERSION}")
     if len(data) != _PLAN.size + count * _ENTRY.size:
         raise ProtocolError(f"plan of {len(data)} bytes does not hold its {count} log entries")
+    if not math.isfinite(rate):
+        raise ProtocolError(f"plan of round {number}: its learning rate is not finite")
     return RoundPlan(number, steps, rate, first, start, decode_entries(data[_PLAN.size :]))
 
 
@@ -127,11 +130,15 @@ def decode_entries(data: bytes) -> tuple[LogEntry, ...]:
     """The log entries in these bytes.
 
     Raises:
-        ProtocolError: The length is not a multiple of an entry's.
+        ProtocolError: The length is not a multiple of an entry's, or a number is not finite.
     """
     if len(data) % _ENTRY.size:
         raise ProtocolError(f"{len(data)} bytes are no whole number of log entries")
-    return tuple(LogEntry(*fields) for fields in _ENTRY.iter_unpack(data))
+    entries = tuple(LogEntry(*fields) for fields in _ENTRY.iter_unpack(data))
+    for entry in entries:
+        if not (math.isfinite(entry.learning_rate) and math.isfinite(entry.scalar)):
+            raise ProtocolError(f"log entry of round {entry.round}: a number is not finite")
+    return entries
 
 
 def encode_report(report: ClientReport) -> bytes:

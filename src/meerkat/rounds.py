@@ -107,6 +107,8 @@ def check_report(
             f"{where}: {report.steps} steps of {report.perturbations} perturbations, asked were "
             f"{plan.steps} of {directions.perturbations}"
         )
+    if len(report.scalars) != report.steps * report.perturbations:
+        raise ProtocolError(f"{where}: {len(report.scalars)} scalars for {report.steps} steps")
     if report.theta_digest != bytes.fromhex(state.theta_digest)[:DIGEST_BYTES]:
         raise ProtocolError(
             f"{where}: it started from another θ than the server's ({report.theta_digest.hex()}, "

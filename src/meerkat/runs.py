@@ -20,10 +20,11 @@ from meerkat.descent import Theta
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import JournalError, MeerkatError, RecipeError, RunError
 from meerkat.evaluation import evaluate_objective
-from meerkat.journal import Evaluated, Header, Journal, replay
+from meerkat.journal import Journal, replay
 from meerkat.mask import Mask, load_mask, save_mask
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe, load_recipe
+from meerkat.records import Evaluated, Header
 from meerkat.reporting import write_report
 from meerkat.training import restore_state, train
 
@@ -90,9 +91,10 @@ def go_on(directory: Path, progress: Progress, recover: bool = False) -> dict[st
     if recover and path.exists():
         Journal.recover(path).close()
     if Journal.exists(path):
-        # Both are checked before the model is loaded.
-        with closing(open_journal(directory)):
-            pass
+        # What is wrong with either shows before the model is loaded; a complete run needs none.
+        with closing(open_journal(directory)) as journal:
+            if _is_complete(journal, recipe):
+                return _finish(directory, journal)
     return _see_through(assemble(recipe, progress), directory, progress)
 
 
@@ -122,9 +124,18 @@ def _see_through(assembly: Assembly, directory: Path, progress: Progress) -> dic
             train(recipe, journal, state, log, engine, evaluate, progress)
         finally:
             worker.space.restore()
-        summary = summarise(journal)
-        (directory / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-        write_report(directory, journal)
+        return _finish(directory, journal)
+
+
+def _is_complete(journal: Journal, recipe: Recipe) -> bool:
+    rounds = recipe.federation.rounds
+    return journal.rounds == rounds and any(e.round == rounds for e in journal.evaluations())
+
+
+def _finish(directory: Path, journal: Journal) -> dict[str, Any]:
+    summary = summarise(journal)
+    (directory / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    write_report(directory, journal)
     return summary
 
 

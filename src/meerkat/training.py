@@ -8,9 +8,10 @@ from collections.abc import Callable
 from meerkat.descent import Theta
 from meerkat.engines import Engine
 from meerkat.errors import DivergedError
-from meerkat.journal import Evaluated, Journal, RoundMetrics, replay
+from meerkat.journal import Journal, replay
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe
+from meerkat.records import Evaluated, RoundMetrics
 from meerkat.rounds import close_round, plan_round
 from meerkat.server.state import Log, ServerState, initial_state
 

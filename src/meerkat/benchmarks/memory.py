@@ -43,7 +43,8 @@ def peak_memory(
     One process predicts all examples, `batch_size` at a time; the other takes one local step on
     each of the same batches. The peak starts to count once the model is loaded, and includes it;
     `…_resting_bytes` is the resident memory at that moment. Weights that are mapped from their file
-    count as resident, before and after they are written to. Neither process is compiled.
+    count as resident, before and after they are written to; what lies on a GPU does not count.
+    Neither process is compiled.
 
     Raises:
         MeerkatError: A process failed; the line is its last.

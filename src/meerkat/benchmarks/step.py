@@ -101,7 +101,7 @@ def measure_step(
       head. Neither is compiled, whatever the others are.
     - `reference_seconds`: the faster of two steps of `reference.py`, which is never compiled.
 
-    The model has its bits back afterwards, and its weights then are where they were.
+    Afterwards the model has its bits back.
 
     Args:
         examples: With one-token answers, the same for all. What follows the first batch is used to
@@ -114,12 +114,12 @@ def measure_step(
     worker = random_worker(loaded.model, loaded.fingerprint, objective, mask_density)
 
     # Half of the reference before and half after, since the machine may change in between.
-    before = [_reference(loaded, batch, worker.epsilon)] if reference else []
+    others = [_reference(loaded, batch, worker.epsilon)] if reference else []
     taken = interleaved(_contenders(loaded, worker, batch), repeats)
     worker.space.restore()
-    after = [_reference(loaded, batch, worker.epsilon)] if reference else []
     if reference:
-        figures["reference_seconds"] = min(before + after)
+        others.append(_reference(loaded, batch, worker.epsilon))
+        figures["reference_seconds"] = min(others)
         figures["reference_over_step"] = figures["reference_seconds"] / taken["step"]
     if runtime.compile:
         figures["recompiles_after_warm_up"] = _graphs() - graphs
@@ -130,7 +130,6 @@ def measure_step(
         **{f"{name}_seconds": value for name, value in taken.items()},
         "tokens": sum(pack.tokens for pack in packs(batch, runtime.tokens_per_pass)),
         "padded_tokens": len(batch) * max(len(example.prompt) for example in batch),
-        "batch_size": len(batch),
         "mask_size": worker.space.size,
         "repeats": repeats,
     }
@@ -144,7 +143,7 @@ def _objective(
         # Not `setdefault`: torch sets it to a folder of its own while transformers is imported.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
     objective = Objective(loaded, runtime.tokens_per_pass, runtime.compile)
-    figures: dict[str, Any] = {"compile": runtime.compile}
+    figures: dict[str, Any] = {"compile": runtime.compile, "batch_size": batch_size}
     if runtime.compile:
         figures["compile_seconds"] = seconds(lambda: _warm_up(objective, examples, batch_size))
     return objective, figures

@@ -46,11 +46,11 @@ class PackedBatch:
     layout: Layout
     scored: Int64[Tensor, " P"]
     """Places whose next token is scored."""
-    targets: Int64[Tensor, " P"]
-    """The next token of each."""
-    answer: Int64[Tensor, " P"]
+    targets: Int64[Tensor, " N"]
+    """The next token of each; N is P, or 0 where there are `candidates`."""
+    answer: Int64[Tensor, " N"]
     """Which answer a target belongs to, counted over S · A."""
-    weight: Float32[Tensor, " P"]
+    weight: Float32[Tensor, " N"]
     """1 / length of that answer."""
     labels: Int64[Tensor, " S"]
     candidates: Int64[Tensor, " A"] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from meerkat.protocol import ClientReport, RoundPlan
 
@@ -24,6 +24,7 @@ class Outcome:
     """Mean training loss, where the engine can see it; else NaN."""
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Carries plans to clients and reports back."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import altair as alt
 
-from meerkat.journal import Evaluated, Header
+from meerkat.records import Evaluated, Header
 from meerkat.reporting.curves import accuracy, axes, loss
 from meerkat.reporting.figure import (
     INK,

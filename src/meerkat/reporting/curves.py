@@ -10,7 +10,7 @@ from typing import Literal
 import altair as alt
 import numpy as np
 
-from meerkat.journal import Evaluated
+from meerkat.records import Evaluated
 from meerkat.reporting.figure import (
     BLUE,
     GREEN,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from meerkat.journal import Evaluated
+from meerkat.records import Evaluated
 from meerkat.reporting.figure import Figure, plain, plural, thin
 from meerkat.reporting.summary import Run, duration, facts
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from meerkat.journal import Evaluated, Header, Journal, replay
+from meerkat.journal import Journal, replay
+from meerkat.records import Evaluated, Header
 from meerkat.reporting.figure import byte_unit, plural
 
 __all__ = ["Fact", "Run", "duration", "facts", "read"]
