@@ -46,6 +46,13 @@ def partition(
         parts = _single_label(labels, clients)
     else:
         parts = _by_flower(labels, federation, seed)
+    held = sum(map(len, parts))
+    if held < len(examples):
+        raise DataError(
+            f"federation.partition.labels_per_client = {federation.partition.labels_per_client}: "
+            f"{len(examples) - held} examples have a label that would reach no client; raise it, "
+            "or federation.clients"
+        )
     smallest = min(map(len, parts))
     if smallest < federation.partition.min_size:
         raise DataError(

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pandas
+from datasets.exceptions import DatasetsError
 
 from meerkat.errors import DataError
 from meerkat.noise import permutation
@@ -113,7 +114,8 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
 
 
 def _is_blank(value: Any) -> bool:
-    return value is None or value != value or not str(value).strip()
+    missing = pandas.api.types.is_scalar(value) and pandas.isna(value)
+    return bool(missing) or not str(value).strip()
 
 
 def _label_text(value: Any) -> str:
@@ -133,8 +135,10 @@ def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
     dataset = _dataset(task, path, split)
     feature = dataset.features.get(task.label)
     named = isinstance(feature, datasets.ClassLabel) and set(task.label_names) <= set(feature.names)
+    names = dict(enumerate(feature.names)) if named else {}
     for row in dataset:
-        yield {**row, task.label: feature.int2str(row[task.label])} if named else row
+        # A hidden label, -1, has no name.
+        yield {**row, task.label: names.get(row[task.label], row[task.label])} if named else row
 
 
 def _demo_rows() -> Iterator[Mapping[str, Any]]:
@@ -152,7 +156,8 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 separator = "\t" if path.suffix.lower() == ".tsv" else ","
                 table = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
             case "json":
-                table = pandas.read_json(path, lines=path.suffix == ".jsonl", dtype=False)
+                lines = path.suffix.lower() == ".jsonl"
+                table = pandas.read_json(path, lines=lines, dtype=False)
             case _:
                 table = pandas.read_parquet(path)
     except (ValueError, OSError) as error:
@@ -178,8 +183,9 @@ def _dataset(task: Task, path: Path, split: str) -> datasets.Dataset:
             raise FileNotFoundError("no such folder")
         source = str(path) if path.is_dir() else task.source
         return datasets.load_dataset(source, task.config, split=split)
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, ValueError, KeyError, ConnectionError, DatasetsError) as error:
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(
             f"task.source = {task.source!r}, split {split!r} cannot be loaded: {reason}"
         ) from None
