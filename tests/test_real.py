@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meerkat
@@ -16,6 +15,7 @@ from meerkat.assembly import assemble
 from meerkat.data.packing import pack
 from meerkat.models import load_model
 from meerkat.recipe import ModelSection, Recipe, Runtime, load_recipe
+from test_cli import invoke
 
 pytestmark = pytest.mark.real
 

@@ -154,6 +154,7 @@ def test_the_order_of_arrival_does_not_matter(
             order.shuffle(reports)
             shuffled, same = close_round(recipe, state, directions, plans, reports, Log())
             assert same == record
+            assert aggregate(reports, 0.1, weighting, directions) == record.entries
             assert shuffled.theta.tobytes() == expected.theta.tobytes()
             assert shuffled.steps_taken.tolist() == expected.steps_taken.tolist()
 
@@ -176,6 +177,13 @@ def test_the_mean_is_over_all_who_reported(weighting: str) -> None:
         (0, step, 0, SHARED) for step in range(3)
     ]
     assert {entry.learning_rate for entry in entries} == {0.25}
+
+
+def test_the_mean_is_rounded_once() -> None:
+    state = make_state(10, 4)
+    rows = [2.0**90, 1.0, -(2.0**90), 1.0]
+    reports = [make_report(state, client, [scalar]) for client, scalar in enumerate(rows)]
+    assert aggregate(reports, 0.1, "uniform", Directions(SEED, 10))[0].scalar == 0.5
 
 
 @pytest.mark.parametrize("shared", [True, False])

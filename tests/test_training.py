@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,17 @@ def test_log_holds_a_scalar_for_each_client_with_directions_of_their_own(
 
 
 @pytest.mark.parametrize(
-    "runtime", [{"tokens_per_pass": 40}, {"calibration_passes": 2}, {"threads": 2}], ids=str
+    "runtime",
+    [
+        {"tokens_per_pass": 40},
+        {"calibration_passes": 2},
+        {"threads": 2},
+        pytest.param(
+            {"compile": True},
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler"),
+        ),
+    ],
+    ids=str,
 )
 def test_speed_settings_do_not_change_the_science(
     tiny_recipe_data: dict, tmp_path: Path, runtime: dict[str, Any]

@@ -108,7 +108,8 @@ class Assembly:
     def objective(self) -> Objective:
         runtime = self.recipe.runtime
         if runtime.compile:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir(runtime, "compiled")))
+            # Compiled code outlives the process. torch has set a folder of its own by now.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
         return Objective(self.loaded, runtime.tokens_per_pass, runtime.compile)
 
     def worker(self) -> Worker:

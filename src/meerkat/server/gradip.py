@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ def gradip(
     for column in range(matrix.shape[1]):
         step, q = divmod(column, count)
         for owner in owners:
-            product = float(wide @ directions.z(reports[0].round, step, q, owner))
+            z = directions.z(reports[0].round, step, q, owner)
+            product = math.fsum((wide * z).tolist())  # correctly rounded, whatever the machine
             matrix[row_of == owner, column] *= product / count
     return matrix.reshape(len(reports), -1, count).sum(axis=2)
