@@ -99,12 +99,13 @@ def test_virtual_path_is_the_clients_own(kind: str, shared: bool, perturbations:
     np.testing.assert_array_equal(start, worker.theta)
 
 
-def test_descent_rounds_once() -> None:
+@pytest.mark.parametrize(("rate", "scalar"), [(0.1, 0.7), (1e-4, 633.3), (0.03, -0.77)])
+def test_descent_rounds_the_step_once(rate: float, scalar: float) -> None:
     theta = np.array([1.0, -2.0, 1e-8, 3e7], np.float32)
     z = np.array([0.3, -1.7, 2.5, 1.1], np.float32)
     moved = theta.copy()
-    descend(moved, 0.1, 0.7, z)
-    step = np.float32(0.1 * 0.7)
+    descend(moved, rate, scalar, z)
+    step = np.float32(rate * scalar)
     assert moved.tolist() == [float(t - step * w) for t, w in zip(theta, z, strict=True)]
 
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import torch
 
@@ -55,7 +56,13 @@ class EncodedExamples(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int and slice, as Sequence has it
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index not in self._encoded:
@@ -176,7 +183,7 @@ def assemble(recipe: Recipe, progress: Progress | None = None) -> Assembly:
     progress.start("Loading the model", 1)
     loaded = load_model(recipe.model, recipe.runtime)
     assembly = Assembly(recipe, loaded, task, split, parts, progress)
-    assembly.encoder  # noqa: B018  (verbalizers are checked here, before a long calibration)
+    _ = assembly.encoder  # the verbalizers are checked here, before a long calibration
     progress.advance()
     return assembly
 

@@ -33,7 +33,7 @@ console = Console(highlight=False, soft_wrap=True)
 RecipeArgument = Annotated[Path, typer.Argument(help="The run's recipe, a TOML file.")]
 DirectoryArgument = Annotated[Path, typer.Argument(help="The directory of a run.", metavar="DIR")]
 Overrides = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
@@ -81,13 +81,13 @@ def _fail(line: str, code: int = 2) -> None:
 def calibrate(
     recipe: RecipeArgument,
     out: Annotated[Path | None, typer.Option(help="Write the mask to this file.")] = None,
-    overrides: Overrides = [],  # noqa: B006  (typer reads the default)
+    overrides: Overrides = None,
 ) -> None:
     """Find the mask: the parameters to which the pre-training loss is most sensitive."""
     from meerkat import api
 
     with Bar() as progress:
-        found = api.calibrate(recipe, out, overrides, progress)
+        found = api.calibrate(recipe, out, overrides or (), progress)
     for line in mask_table(found):
         console.print(line)
 
@@ -99,15 +99,15 @@ def run(
         Path | None,
         typer.Option(help="The run's directory; by default under runs/.", metavar="DIR"),
     ] = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = None,
 ) -> None:
     """Fine-tune as the recipe says; write journal, summary and report to a directory."""
     from meerkat import api
     from meerkat.recipe import load_recipe
 
-    directory = out or api.default_out(recipe, load_recipe(recipe, overrides))
+    directory = out or api.default_out(recipe, load_recipe(recipe, overrides or ()))
     with Bar() as progress:
-        summary = api.run(recipe, directory, overrides, progress)
+        summary = api.run(recipe, directory, overrides or (), progress)
     _print_summary(summary, directory)
 
 
@@ -165,14 +165,14 @@ def evaluate(
         int | None, typer.Option(help="How many examples; as the recipe says by default.", min=1)
     ] = None,
     rounds: RoundOption = None,
-    overrides: Overrides = [],  # noqa: B006
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Accuracy, macro-F1 and loss on a split, of a run or of any model."""
     from meerkat import api
 
     with Bar() as progress:
-        found = api.evaluate(target, recipe, split, examples, rounds, overrides, progress)
+        found = api.evaluate(target, recipe, split, examples, rounds, overrides or (), progress)
     figures = {
         "accuracy": found.accuracy,
         "macro_f1": found.macro_f1,

@@ -176,16 +176,20 @@ def random_mask(parameters: Mapping[str, Tensor], section: MaskSection, model: s
     n = mask_size(section.density, eligible)
     if n == eligible:
         return full_mask(parameters, model)
-    # Distinct draws from range(d): repeats are dropped and drawn anew until there are n.
+    # Distinct draws from range(d): repeats are dropped and drawn anew until there are enough, of
+    # those that are in, or where these are more than half, of those that are not.
+    wanted = min(n, eligible - n)
     drawn, start = np.empty(0, np.int64), 0
-    while len(drawn) < n:
-        count = n - len(drawn)
+    while len(drawn) < wanted:
+        count = wanted - len(drawn)
         raw = words(section.seed, [0, 0, 2 << 32], count, start)
         places = (raw % np.uint64(eligible)).astype(np.int64)
         both = np.concatenate([drawn, places])
         drawn = both[np.sort(np.unique(both, return_index=True)[1])]
         start += count
     places = np.sort(drawn)
+    if wanted < n:
+        places = np.delete(np.arange(eligible), places)
     ends = np.cumsum([parameter.numel() for parameter in parameters.values()])
     begins = ends - [parameter.numel() for parameter in parameters.values()]
     parts = np.split(places, np.searchsorted(places, ends[:-1]))
@@ -261,19 +265,20 @@ def load_mask(path: str | Path, model: str | None = None) -> Mask:
             if metadata["format"] != _FORMAT:
                 raise ValueError(f"its format is {metadata['format']!r}, not {_FORMAT!r}")
             about = json.loads(metadata["mask"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
             mask = Mask(
                 tuple(about["names"]),
                 tuple(tuple(shape) for shape in about["shapes"]),
                 tuple(
-                    file.get_tensor(key).astype(np.int64)
-                    if (key := f"indices.{number}") in file.keys()  # noqa: SIM118
+                    arrays[key].astype(np.int64)
+                    if (key := f"indices.{number}") in arrays
                     else np.arange(math.prod(shape))
                     for number, shape in enumerate(about["shapes"])
                 ),
                 about["eligible"],
                 about["model"],
                 about["kind"],
-                file.get_tensor("gradient") if "gradient" in file.keys() else None,  # noqa: SIM118
+                arrays.get("gradient"),
                 about["concentration"],
             )
         if _checksum(mask) != about["checksum"]:

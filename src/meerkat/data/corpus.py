@@ -91,8 +91,15 @@ def corpus_texts(section: MaskSection) -> Iterator[str]:
             names[0], section.corpus_config, split=section.corpus_split, streaming=True
         ).shuffle(seed=section.seed, buffer_size=1000)
         for row in stream:
-            yield row[section.corpus_column]
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
+            if row[section.corpus_column]:
+                yield row[section.corpus_column]
+    except (
+        datasets.exceptions.DatasetsError,
+        OSError,
+        ValueError,
+        KeyError,
+        ConnectionError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"mask.corpus = {names[0]!r} cannot be read: {reason}") from None
 
