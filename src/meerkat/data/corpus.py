@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pandas
 import torch
+from datasets.exceptions import DatasetsError
 from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
@@ -93,13 +94,7 @@ def corpus_texts(section: MaskSection) -> Iterator[str]:
         for row in stream:
             if row[section.corpus_column]:
                 yield row[section.corpus_column]
-    except (
-        datasets.exceptions.DatasetsError,
-        OSError,
-        ValueError,
-        KeyError,
-        ConnectionError,
-    ) as error:
+    except (OSError, ValueError, KeyError, ConnectionError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"mask.corpus = {names[0]!r} cannot be read: {reason}") from None
 
