@@ -75,14 +75,14 @@ def evaluate_plainly(folder: Path, recipe: Recipe) -> float:
 
 
 def test_packing_keeps_the_scores(recipe: Recipe) -> None:
-    """In bfloat16 packed and single scores differ by rounding alone."""
+    """The real weights, computed in float32: packed and single scores agree."""
     assembly = assemble(recipe)
+    assembly.loaded.model.float()
     examples = assembly.test[:8]
     with torch.inference_mode():
         packed = assembly.objective.scores(pack(examples))
         single = torch.cat([assembly.objective.scores(pack([example])) for example in examples])
-    assert (packed - single).abs().max() < 0.25
-    assert torch.equal(packed.argmax(1), single.argmax(1))
+    assert (packed - single).abs().max() < 1e-3
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:
