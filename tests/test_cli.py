@@ -275,6 +275,8 @@ def test_runtime_may_change(recipe_file: Path, tmp_path: Path) -> None:
     (out / "recipe.json").write_text(json.dumps(edited))
     assert invoke("resume", out).exit_code == 0
     assert invoke("evaluate", out).exit_code == 0
+    few = invoke("evaluate", out, "--set", "evaluation.examples=5", "--json")
+    assert json.loads(few.stdout)["examples"] == 5
 
 
 def test_damaged_journal(tiny_recipe_data: dict, tmp_path: Path) -> None:

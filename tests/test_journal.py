@@ -159,6 +159,17 @@ def test_not_a_journal(tmp_path: Path) -> None:
         Journal.recover(path)
 
 
+def test_a_header_that_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    journal = fill(path, 3)
+    journal._connection.execute("DELETE FROM header")
+    journal.close()
+    with pytest.raises(JournalError, match="damaged after 0 good rounds"):
+        Journal.open(path)
+    with pytest.raises(JournalError, match="not even its header"):
+        Journal.recover(path)
+
+
 _FULL_DISK = """
 import sys
 sys.path.insert(0, sys.argv[2])

@@ -135,7 +135,7 @@ def evaluate(
     if split not in ("test", "train"):
         raise RunError(f"--split {split!r}: it is test or train")
     if is_run and recipe is None:
-        parsed = runs.recipe_of(directory)
+        parsed = _recipe(runs.recipe_of(directory), overrides)
     elif recipe is not None:
         parsed = _recipe(recipe, overrides)
     else:

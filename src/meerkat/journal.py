@@ -123,7 +123,7 @@ class Journal:
                 kept.append_round(record, metrics)
             if kept.rounds in evaluations:
                 kept.append_evaluation(evaluations[kept.rounds])
-        except (sqlite3.DatabaseError, json.JSONDecodeError, ProtocolError) as error:
+        except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
             raise JournalError(
                 f"{path}: not even its header is readable ({error}); start the run again in "
                 "another directory"
