@@ -24,7 +24,7 @@ from meerkat.protocol import DIGEST_BYTES, ClientReport, LogEntry, RoundPlan
 from meerkat.recipe import MaskSection, Optimizer, Recipe, parse_recipe
 from meerkat.rounds import check_report, close_round, learning_rate, plan_round
 from meerkat.server.aggregation import aggregate, weights
-from meerkat.server.gradip import gradip
+from meerkat.server.gradip import Compass, magnitudes
 from meerkat.server.state import Log, ServerState, initial_state
 from meerkat.server.virtual_path import virtual_path
 from meerkat.space import MaskedSpace
@@ -43,9 +43,9 @@ def make_recipe(clients: int, weighting: str = "uniform", **federation: int) -> 
     )
 
 
-def make_state(n: int, clients: int) -> ServerState:
+def make_state(n: int, clients: int, local_steps: int = 100) -> ServerState:
     theta = draw(NoiseKey(99, 0, 0), n)
-    return initial_state(theta, digest(theta), clients)
+    return initial_state(theta, digest(theta), clients, local_steps)
 
 
 def make_report(state: ServerState, client: int, scalars: list[float], q: int = 1) -> ClientReport:
@@ -247,10 +247,10 @@ def test_a_report_that_answers_another_plan_is_refused(
     recipe, directions = make_recipe(3), Directions(SEED, 10)
     good = make_report(state, 1, [1.0, 2.0])
     plans = answered(state, [good])
-    check_report(good, plans[1], state, directions)
+    check_report(good, plans[1], state.theta_digest, directions)
     bad = replace(good, **change)
     with pytest.raises(ProtocolError, match=message):
-        check_report(bad, plans.get(bad.client), state, directions)
+        check_report(bad, plans.get(bad.client), state.theta_digest, directions)
     with pytest.raises(ProtocolError, match=message):
         close_round(recipe, state, directions, plans, [bad], Log())
 
@@ -293,16 +293,43 @@ def test_gradip_equals_a_double_loop(shared: bool, q: int) -> None:
         make_report(state, client, generator.standard_normal(steps * q).tolist(), q)
         for client, steps in ((7, 4), (0, 1), (3, 4), (4, 2))
     ]
-    found = gradip(reports, gradient, directions)
-    expected = np.zeros((4, 4))
+    found = Compass(gradient, directions).trajectories(reports)
+    estimate = np.zeros((4, 4, n))
+    square = np.zeros((4, 4))
     for row, report in enumerate(reports):
         for step in range(report.steps):
             for i in range(q):
                 owner = SHARED if shared else report.client
                 z = draw(NoiseKey(SEED, 0, step, i, owner), n).astype(np.float64)
-                product = math.fsum((gradient.astype(np.float64) * z).tolist())
-                expected[row, step] += report.scalars[step * q + i] * product / q
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+                estimate[row, step] += report.scalars[step * q + i] * z / q
+                square[row, step] += report.scalars[step * q + i] ** 2 / q
+    product, norm = estimate @ gradient.astype(np.float64), np.linalg.norm(estimate, axis=2)
+    length = np.linalg.norm(gradient.astype(np.float64))
+    cosine = np.divide(product, norm * length, out=np.zeros((4, 4)), where=norm > 0)
+    assert found.clients.tolist() == [7, 0, 3, 4]
+    assert found.steps.tolist() == [4, 1, 4, 2]
+    np.testing.assert_allclose(found.gradip, product, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.norm, norm, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(found.cosine, cosine, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(magnitudes(reports), np.sqrt(square), rtol=1e-9)
+
+
+def test_gradip_draws_each_shared_direction_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, int]] = []
+    original = Directions.z
+
+    def counted(self: Directions, round: int, step: int, q: int, owner: int) -> np.ndarray:
+        drawn.append((round, step))
+        return original(self, round, step, q, owner)
+
+    monkeypatch.setattr(Directions, "z", counted)
+    state = make_state(50, 40)
+    compass = Compass(np.ones(50, np.float32), Directions(SEED, 50))
+    reports = [make_report(state, k, [1.0, -2.0, 3.0]) for k in range(40)]
+    whole = compass.trajectories(reports)
+    parts = [compass.trajectories(reports[i : i + 7]) for i in range(0, 40, 7)]
+    np.testing.assert_array_equal(np.concatenate([p.gradip for p in parts]), whole.gradip)
+    assert drawn == [(0, 0), (0, 1), (0, 2)]
 
 
 # Rounds
@@ -358,7 +385,7 @@ def test_clients_that_come_and_go_stay_in_step(shared: bool) -> None:
     clients, n = 7, 40
     recipe = make_recipe(clients, clients_per_round=3, local_steps=2)
     directions = Directions(SEED, n, shared=shared)
-    state, log = make_state(n, clients), Log()
+    state, log = make_state(n, clients, 2), Log()
     thetas = [state.theta.copy() for _ in range(clients)]
     held = [0] * clients
     taken = [0] * clients

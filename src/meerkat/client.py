@@ -13,7 +13,7 @@ from meerkat.descent import Theta, descend, digest, follow
 from meerkat.errors import DivergedError, ProtocolError
 from meerkat.noise import Directions
 from meerkat.objective import Objective
-from meerkat.protocol import DIGEST_BYTES, ClientReport, RoundPlan
+from meerkat.protocol import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.space import MaskedSpace
 from meerkat.zeroth_order import projected_gradient
 
@@ -34,7 +34,9 @@ class Worker:
         self.objective = objective
         self.directions = directions
         self.epsilon = epsilon
-        self.theta: Theta = space.read()
+        self.initial: Theta = space.read()
+        """θ before any round, which calibration plans start from."""
+        self.theta: Theta = self.initial.copy()
         self.position = 0
         """Log entries that θ contains."""
 
@@ -57,6 +59,10 @@ class Worker:
         fresh = plan.entries[self.position - plan.log_start :]
         follow(self.theta, fresh, self.directions)
         self.position += len(fresh)
+
+    def start(self, plan: RoundPlan) -> Theta:
+        """The θ that a plan's local steps start from."""
+        return self.initial if plan.round == CALIBRATION else self.theta
 
 
 @dataclass(frozen=True)
@@ -102,14 +108,14 @@ class Client:
             examples=len(self.examples),
             steps=plan.steps,
             perturbations=worker.directions.perturbations,
-            theta_digest=bytes.fromhex(digest(worker.theta))[:DIGEST_BYTES],
+            theta_digest=bytes.fromhex(digest(worker.start(plan)))[:DIGEST_BYTES],
             scalars=tuple(scalar for scalars, _ in steps for scalar in scalars),
         )
         return report, sum(loss for _, loss in steps) / len(steps)
 
     def local_steps(self, plan: RoundPlan, worker: Worker) -> Iterator[LocalStep]:
-        """θ_k^{t+1} = θ_k^t - η (1/Q) Σ_q g_q z_q, from the worker's θ."""
-        theta = worker.theta.copy()
+        """θ_k^{t+1} = θ_k^t - η (1/Q) Σ_q g_q z_q, from the plan's θ."""
+        theta = worker.start(plan).copy()
         directions = worker.directions
         owner, count = directions.owner(self.number), directions.perturbations
         for step in range(plan.steps):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from meerkat.protocol import (
 )
 from meerkat.records import Evaluated, Header, RoundMetrics
 from meerkat.rounds import RoundRecord
+from meerkat.server.selection import Decision
 
 __all__ = ["Journal", "replay"]
 
@@ -38,8 +39,10 @@ CREATE TABLE rounds (round INTEGER PRIMARY KEY, entries BLOB NOT NULL, digest TE
 CREATE TABLE reports (round INTEGER, client INTEGER, payload BLOB NOT NULL,
                       PRIMARY KEY (round, client)) WITHOUT ROWID;
 CREATE TABLE evaluations (round INTEGER PRIMARY KEY, content TEXT NOT NULL);
+CREATE TABLE calibrations (client INTEGER PRIMARY KEY, payload BLOB NOT NULL, seal BLOB NOT NULL);
+CREATE TABLE decisions (made INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
 """
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Journal:
@@ -52,6 +55,7 @@ class Journal:
         self.path = path
         self._connection = connection
         self._header: tuple[Header, Theta] | None = None
+        self._own: bytes | None = None
         self._chain = b""
 
     @classmethod
@@ -123,6 +127,10 @@ class Journal:
                 kept.append_round(record, metrics)
             if kept.rounds in evaluations:
                 kept.append_evaluation(evaluations[kept.rounds])
+            kept.append_calibrations(list(damaged.calibrations()))
+            for decision in damaged.decisions():
+                if decision.round <= kept.rounds:
+                    kept.append_decision(decision)
         except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
             raise JournalError(
                 f"{path}: not even its header is readable ({error}); start the run again in "
@@ -175,6 +183,32 @@ class Journal:
                 (evaluated.round, json.dumps(asdict(evaluated))),
             )
 
+    def append_calibrations(self, reports: Sequence[ClientReport]) -> None:
+        """Write what clients answered to their calibration plans, in one transaction.
+
+        Raises:
+            JournalError: As `append_round`.
+        """
+        rows = [(report.client, encode_report(report)) for report in reports]
+        with self._writing() as connection:
+            connection.executemany(
+                "INSERT INTO calibrations VALUES (?, ?, ?)",
+                [(client, payload, self._seal(payload)) for client, payload in rows],
+            )
+
+    def append_decision(self, decision: Decision) -> None:
+        """Write which clients are stopped early from a round on.
+
+        Raises:
+            JournalError: As `append_round`.
+        """
+        content = decision.to_json().encode()
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO decisions (content, seal) VALUES (?, ?)",
+                (content, self._seal(content)),
+            )
+
     # What everyone reads
 
     @property
@@ -189,12 +223,11 @@ class Journal:
     @property
     def rounds(self) -> int:
         """Complete rounds."""
-        count: int = self._connection.execute("SELECT count(*) FROM rounds").fetchone()[0]
-        return count
+        return self._count("rounds")
 
-    def records(self) -> Iterator[tuple[RoundRecord, RoundMetrics]]:
-        """All rounds in order."""
-        for row in self._rows():
+    def records(self, start: int = 0) -> Iterator[tuple[RoundRecord, RoundMetrics]]:
+        """All rounds in order, from number `start` on."""
+        for row in self._rows(start):
             yield self._decode(*row[:4]), RoundMetrics(**json.loads(row[3]))
 
     def evaluations(self) -> list[Evaluated]:
@@ -202,7 +235,31 @@ class Journal:
         rows = self._connection.execute("SELECT content FROM evaluations ORDER BY round")
         return [Evaluated(**json.loads(content)) for (content,) in rows]
 
+    def calibrated(self) -> set[int]:
+        """Clients whose answer to a calibration plan is here."""
+        return {row[0] for row in self._connection.execute("SELECT client FROM calibrations")}
+
+    def calibrations(self) -> Iterator[ClientReport]:
+        """Answers to calibration plans, by client."""
+        for payload in self._sealed("SELECT payload, seal FROM calibrations ORDER BY client"):
+            yield decode_report(payload)
+
+    def decisions(self) -> list[Decision]:
+        """All decisions in the order they were made; the last is in force."""
+        rows = self._sealed("SELECT content, seal FROM decisions ORDER BY made")
+        return [Decision.from_json(content.decode()) for content in rows]
+
     # Within
+
+    def _sealed(self, query: str) -> Iterator[bytes]:
+        """Rows outside of the chain of rounds; those that are damaged are left out."""
+        for content, seal in self._connection.execute(query):
+            if seal == self._seal(content):
+                yield content
+
+    def _seal(self, content: bytes) -> bytes:
+        """Binds a row outside of the chain of rounds to this journal."""
+        return hashlib.sha256(self._header_digest() + content).digest()
 
     def _read_header(self) -> tuple[Header, Theta]:
         if self._header is None:
@@ -215,13 +272,22 @@ class Journal:
         return self._header
 
     def _header_digest(self) -> bytes:
-        header, theta = self._read_header()
-        content = json.dumps(asdict(header), sort_keys=True) + digest(theta)
-        return hashlib.sha256(content.encode()).digest()
+        if self._own is None:
+            header, theta = self._read_header()
+            content = json.dumps(asdict(header), sort_keys=True) + digest(theta)
+            self._own = hashlib.sha256(content.encode()).digest()
+        return self._own
 
-    def _rows(self) -> Iterator[tuple[int, bytes, str, str, bytes]]:
-        query = "SELECT round, entries, digest, metrics, chain FROM rounds ORDER BY round"
-        yield from self._connection.execute(query)
+    def _rows(self, start: int = 0) -> Iterator[tuple[int, bytes, str, str, bytes]]:
+        query = (
+            "SELECT round, entries, digest, metrics, chain FROM rounds WHERE round >= ? "
+            "ORDER BY round"
+        )
+        yield from self._connection.execute(query, (start,))
+
+    def _count(self, table: str) -> int:
+        count: int = self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+        return count
 
     def _payloads(self, number: int) -> list[tuple[int, bytes]]:
         query = "SELECT client, payload FROM reports WHERE round = ? ORDER BY client"
@@ -255,7 +321,9 @@ class Journal:
             self._chain = self._header_digest()
             good = sum(1 for _ in self._good_rounds())
             broken = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
-            return good if broken or good != self.rounds else None
+            kept = sum(1 for _ in self.calibrations()), len(self.decisions())
+            whole = kept == (self._count("calibrations"), self._count("decisions"))
+            return good if broken or not whole or good != self.rounds else None
         except (sqlite3.DatabaseError, ValueError, KeyError, TypeError):
             return 0
 

@@ -17,6 +17,7 @@ import numpy as np
 from meerkat.errors import ProtocolError
 
 __all__ = [
+    "CALIBRATION",
     "DIGEST_BYTES",
     "VERSION",
     "ClientReport",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 VERSION = 1
+CALIBRATION = 2**32 - 1
+"""The round of a calibration plan, which starts from the initial θ (method.md section 5)."""
+
 DIGEST_BYTES = 8
 """Leading bytes of θ's digest that a report carries."""
 

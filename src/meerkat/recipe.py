@@ -123,6 +123,9 @@ class Partition(Section):
     """Labels that a client holds in a pathological partition."""
     min_size: Count = 1
     """Fewest examples that a client may hold."""
+    extreme: Annotated[int, Field(ge=0)] = 0
+    """Clients, the last ones, that hold an equal share of a single label each, the labels in
+    turn from the one that `seed` says; the other clients share the rest as `kind` says."""
 
 
 class Federation(Section):
@@ -168,8 +171,39 @@ class Evaluation(Section):
 
 
 class Selection(Section):
-    kind: Literal["none"] = "none"
-    """Which clients are stopped early; `none` stops nobody."""
+    kind: Literal["none", "gradip", "random", "list"] = "none"
+    """Which clients are stopped early: nobody (Meerkat), those whose virtual paths are extreme
+    (Meerkat-vp), `count` clients at random (the ablation), or `clients`."""
+    calibration_steps: Annotated[int, Field(ge=2, lt=2**16)] = 100
+    """T_cali, local steps from the initial θ that each client is judged by."""
+    apply: bool = False
+    """Keep the calibration's update: it is then round 0. Otherwise it is discarded, and the
+    data pointer goes back to where it was."""
+    signal: Literal["gradip", "projected-gradient"] = "gradip"
+    """What is judged: |GradIP| (the paper), or |g|, which is |GradIP| without the factor
+    |< p, z >| that all clients share."""
+    first_window: Count = 20
+    """T_init, steps of the first window; at most half of the path."""
+    later_window: Count = 20
+    """T_later, steps of the later window; at most half of the path."""
+    rho_later: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    """A client is extreme if its signal's mean in the first window, by that in the later one, is
+    above this, and"""
+    rho_quiet: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """if its share of steps in the later window with a signal below `sigma` is above this."""
+    sigma: Literal["auto"] | Positive = "auto"
+    """σ, the signal below which a step is quiet."""
+    action: Literal["stop", "taper"] = "stop"
+    """What happens to extreme clients: one step a round (the paper), or the fewer steps the
+    quieter they are."""
+    every: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Judge again after every so many rounds, from the paths of these; 0 is never. In the last
+    `calibration_steps` steps before, all clients take all local steps, of which those beyond
+    T_k are looked at but not aggregated."""
+    count: Count | None = None
+    """`random`: how many clients."""
+    clients: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """`list`: which clients."""
 
 
 class Runtime(Section):
@@ -211,12 +245,43 @@ class Recipe(Section):
                 f"federation.clients_per_round = {sampled} is more than federation.clients = "
                 f"{clients}; lower it"
             )
+        extreme = self.federation.partition.extreme
+        if extreme >= clients:
+            raise ValueError(
+                f"federation.partition.extreme = {extreme} leaves none of federation.clients = "
+                f"{clients} for the partition; lower it, or take kind = 'single-label'"
+            )
         if self.task.verbalizers is not None and self.task.answer is not None:
             raise ValueError(
                 "task.verbalizers and task.answer exclude each other: verbalizers are for "
                 "classification, answer is for free text"
             )
+        self._check_selection()
         return self
+
+    def _check_selection(self) -> None:
+        chosen, clients = self.selection, self.federation.clients
+        for kind, field, given in (
+            ("random", "count", chosen.count is not None),
+            ("list", "clients", bool(chosen.clients)),
+        ):
+            if given != (chosen.kind == kind):
+                raise ValueError(
+                    f"selection.{field} goes with selection.kind = {kind!r}, which is "
+                    f"{chosen.kind!r}: " + ("leave it out" if given else "add it")
+                )
+        most = max(chosen.clients, default=-1) + 1
+        if max(most, chosen.count or 0) > clients:
+            raise ValueError(
+                f"selection: {max(most, chosen.count or 0)} clients are more than "
+                f"federation.clients = {clients}; clients are numbered from 0"
+            )
+        for field, wants in (("action", chosen.action != "stop"), ("every", chosen.every > 0)):
+            if wants and chosen.kind != "gradip":
+                raise ValueError(
+                    f"selection.{field} = {getattr(chosen, field)!r} needs paths to judge by; "
+                    "set selection.kind = 'gradip'"
+                )
 
     @property
     def epsilon(self) -> float:
@@ -228,6 +293,22 @@ class Recipe(Section):
     @property
     def clients_per_round(self) -> int:
         return self.federation.clients_per_round or self.federation.clients
+
+    def is_founding(self, round: int) -> bool:
+        """Is this round the calibration phase, whose update is kept?"""
+        chosen = self.selection
+        return round == 0 and chosen.kind == "gradip" and chosen.apply
+
+    @property
+    def watched_rounds(self) -> int:
+        """Rounds before a repeated selection whose paths it judges by; at most `every`."""
+        chosen = self.selection
+        return min(chosen.every, -(-chosen.calibration_steps // self.federation.local_steps))
+
+    def is_watched(self, round: int) -> bool:
+        """Will this round's paths be judged by a repeated selection?"""
+        every = self.selection.every
+        return every > 0 and every - round % every <= self.watched_rounds
 
     @property
     def fingerprint(self) -> str:
@@ -309,7 +390,10 @@ def _one_line(error: ValidationError) -> str:
         return f"{field} = {value!r} is not a known key; known here: {near}"
     if kind == "value_error":
         return str(first["ctx"]["error"])
-    return f"{field} = {value!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    # Each branch of a union has its own complaint, one behind the other.
+    same = [e["msg"] for e in error.errors() if e["loc"][: len(location) - 1] == first["loc"][:-1]]
+    wanted = same if location[-1] != field.rpartition(".")[2] else [first["msg"]]
+    return f"{field} = {value!r}: " + ", or ".join(f"{m[0].lower()}{m[1:]}" for m in wanted)
 
 
 def _section(location: Sequence[str]) -> type[BaseModel] | None:

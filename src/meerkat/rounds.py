@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from meerkat.descent import digest, follow
 from meerkat.errors import ProtocolError
 from meerkat.noise import Directions, permutation
-from meerkat.protocol import DIGEST_BYTES, ClientReport, LogEntry, RoundPlan
+from meerkat.protocol import CALIBRATION, DIGEST_BYTES, ClientReport, LogEntry, RoundPlan
 from meerkat.recipe import Optimizer, Recipe
 from meerkat.server.aggregation import aggregate
 from meerkat.server.state import Log, ServerState
 
-__all__ = ["RoundRecord", "check_report", "close_round", "learning_rate", "plan_round"]
+__all__ = [
+    "RoundRecord",
+    "check_report",
+    "close_round",
+    "learning_rate",
+    "plan_calibration",
+    "plan_round",
+]
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,25 @@ class RoundRecord:
     """Digest of θ_{r+1}."""
 
 
-def plan_round(recipe: Recipe, state: ServerState, log: Log) -> dict[int, RoundPlan]:
-    """1. Sample clients; tell each its T_k and the log entries that it lacks."""
+def plan_round(
+    recipe: Recipe, state: ServerState, log: Log, present: Collection[int] | None = None
+) -> dict[int, RoundPlan]:
+    """1. Sample clients; tell each its T_k and the log entries that it lacks.
+
+    Args:
+        present: Clients that can be asked; all by default.
+    """
     federation = recipe.federation
-    order = permutation(recipe.seed, (6, state.round), federation.clients)
-    sampled = sorted(order[: recipe.clients_per_round].tolist())
+    order = permutation(recipe.seed, (6, state.round), federation.clients).tolist()
+    able = order if present is None else [client for client in order if client in present]
+    most = len(able) if recipe.is_founding(state.round) else recipe.clients_per_round
+    sampled = sorted(able[:most])
     rate = learning_rate(recipe.optimizer, state.round, federation.rounds)
     lacking = {start: log.since(start) for start in {int(state.known[k]) for k in sampled}}
     return {
         client: RoundPlan(
             round=state.round,
-            steps=federation.local_steps,
+            steps=_steps(recipe, state, client)[0],
             learning_rate=rate,
             first_step=int(state.steps_taken[client]),
             log_start=int(state.known[client]),
@@ -49,6 +64,12 @@ def plan_round(recipe: Recipe, state: ServerState, log: Log) -> dict[int, RoundP
         )
         for client in sampled
     }
+
+
+def plan_calibration(recipe: Recipe) -> RoundPlan:
+    """T_cali local steps from the initial θ (method.md section 5), the same for every client."""
+    rate = learning_rate(recipe.optimizer, 0, recipe.federation.rounds)
+    return RoundPlan(CALIBRATION, recipe.selection.calibration_steps, rate, 0, 0)
 
 
 def close_round(
@@ -66,7 +87,7 @@ def close_round(
     """
     # 2. Check that each client started from the server's θ and did what was asked.
     for report in reports:
-        check_report(report, plans.get(report.client), state, directions)
+        check_report(report, plans.get(report.client), state.theta_digest, directions)
     ordered = tuple(sorted(reports, key=lambda report: report.client))
     clients = [report.client for report in ordered]
     if not clients or len(set(clients)) < len(clients):
@@ -74,7 +95,8 @@ def close_round(
 
     # 3. and 4. Aggregate along the virtual paths: their mean needs only the mean scalars.
     rate = plans[clients[0]].learning_rate
-    entries = aggregate(ordered, rate, recipe.federation.weighting, directions)
+    counted = [_counted(report, _steps(recipe, state, report.client)[1]) for report in ordered]
+    entries = aggregate(counted, rate, recipe.federation.weighting, directions)
     theta = state.theta.copy()
     follow(theta, entries, directions)
     theta.setflags(write=False)
@@ -86,20 +108,45 @@ def close_round(
     for array in (known, taken):
         array.setflags(write=False)
     record = RoundRecord(state.round, ordered, entries, digest(theta))
-    return ServerState(state.round + 1, theta, record.theta_digest, known, taken), record
+    after = replace(
+        state,
+        round=state.round + 1,
+        theta=theta,
+        theta_digest=record.theta_digest,
+        known=known,
+        steps_taken=taken,
+    )
+    return after, record
+
+
+def _steps(recipe: Recipe, state: ServerState, client: int) -> tuple[int, int]:
+    """Local steps that a client is asked for, and how many of them are aggregated: T_k."""
+    if recipe.is_founding(state.round):
+        return recipe.selection.calibration_steps, recipe.selection.calibration_steps
+    counted = int(state.local_steps[client])
+    watched = recipe.is_watched(state.round)
+    return (recipe.federation.local_steps if watched else counted), counted
+
+
+def _counted(report: ClientReport, steps: int) -> ClientReport:
+    """The first steps of a report."""
+    if report.steps <= steps:
+        return report
+    scalars = report.scalars[: steps * report.perturbations]
+    return replace(report, steps=steps, scalars=scalars)
 
 
 def check_report(
-    report: ClientReport, plan: RoundPlan | None, state: ServerState, directions: Directions
+    report: ClientReport, plan: RoundPlan | None, theta_digest: str, directions: Directions
 ) -> None:
-    """Does a report answer its plan, from the server's θ?
+    """Does a report answer its plan, from the θ of this digest?
 
     Raises:
         ProtocolError: It does not; the line names the client and what differs.
     """
     where = f"report of client {report.client}"
     if plan is None:
-        raise ProtocolError(f"{where}: it was not asked in round {state.round}")
+        raise ProtocolError(f"{where}: it was not asked in round {report.round}")
     if report.round != plan.round:
         raise ProtocolError(f"{where}: it is for round {report.round}, this is {plan.round}")
     if report.steps != plan.steps or report.perturbations != directions.perturbations:
@@ -109,10 +156,10 @@ def check_report(
         )
     if len(report.scalars) != report.steps * report.perturbations:
         raise ProtocolError(f"{where}: {len(report.scalars)} scalars for {report.steps} steps")
-    if report.theta_digest != bytes.fromhex(state.theta_digest)[:DIGEST_BYTES]:
+    if report.theta_digest != bytes.fromhex(theta_digest)[:DIGEST_BYTES]:
         raise ProtocolError(
             f"{where}: it started from another θ than the server's ({report.theta_digest.hex()}, "
-            f"here {state.theta_digest[: 2 * DIGEST_BYTES]}); it must be resynchronised"
+            f"here {theta_digest[: 2 * DIGEST_BYTES]}); it must be resynchronised"
         )
     if not report.examples or not all(map(math.isfinite, report.scalars)):
         raise ProtocolError(f"{where}: it has no examples, or a scalar that is not finite")

@@ -17,6 +17,7 @@ from typing import Any
 
 from meerkat.assembly import Assembly, assemble
 from meerkat.descent import Theta
+from meerkat.early_stopping import EarlyStopping
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import JournalError, MeerkatError, RecipeError, RunError
 from meerkat.evaluation import evaluate_objective
@@ -111,8 +112,11 @@ def _see_through(assembly: Assembly, directory: Path, progress: Progress) -> dic
         save_mask(calibrated.mask, directory / _MASK)
         journal = Journal.create(path, assembly.header(), worker.theta)
     with closing(journal):
-        state, log = restore_state(journal, recipe.federation.clients)
+        state, log = restore_state(
+            journal, recipe.federation.clients, recipe.federation.local_steps
+        )
         worker.synchronise(state.theta, len(log))
+        stopping = EarlyStopping(recipe, journal, calibrated.mask.gradient)
         engine = LocalEngine(worker, assembly.clients(), progress.advance)
 
         def evaluate(round: int, theta: Theta) -> Evaluated:
@@ -121,7 +125,7 @@ def _see_through(assembly: Assembly, directory: Path, progress: Progress) -> dic
             return evaluate_objective(assembly.objective, assembly.test, size, round, progress)
 
         try:
-            train(recipe, journal, state, log, engine, evaluate, progress)
+            train(recipe, journal, state, log, engine, stopping, evaluate, progress)
         finally:
             worker.space.restore()
         return _finish(directory, journal)

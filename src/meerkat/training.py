@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from meerkat.descent import Theta
+from meerkat.early_stopping import EarlyStopping
 from meerkat.engines import Engine
 from meerkat.errors import DivergedError
 from meerkat.journal import Journal, replay
@@ -26,6 +28,7 @@ def train(
     state: ServerState,
     log: Log,
     engine: Engine,
+    stopping: EarlyStopping,
     evaluate: Evaluate,
     progress: Progress,
 ) -> ServerState:
@@ -53,8 +56,12 @@ def train(
     while state.round < rounds:
         if _due(recipe, state.round):
             evaluate_once()
+        decided = stopping.before_round(state, engine, progress)
+        if decided is not state:
+            state = decided
+            meter.start_rounds(state.round)
         started = time.monotonic()
-        plans = plan_round(recipe, state, log)
+        plans = plan_round(recipe, state, log, engine.present())
         try:
             outcome = engine.run(plans)
         except DivergedError as error:
@@ -70,21 +77,21 @@ def train(
     return state
 
 
-def restore_state(journal: Journal, clients: int) -> tuple[ServerState, Log]:
+def restore_state(journal: Journal, clients: int, local_steps: int) -> tuple[ServerState, Log]:
     """The server's state and log where the journal ends.
 
     Raises:
         JournalError: Replaying does not give the θ that the run recorded.
     """
     theta, digest = replay(journal)
-    first = initial_state(theta, digest, clients)
+    first = initial_state(theta, digest, clients, local_steps)
     known, taken, log = first.known.copy(), first.steps_taken.copy(), Log()
     for record, _ in journal.records():
         for report in record.reports:
             known[report.client] = len(log)
             taken[report.client] += report.steps
         log.append(record.entries)
-    return ServerState(journal.rounds, first.theta, digest, known, taken), log
+    return replace(first, round=journal.rounds, known=known, steps_taken=taken), log
 
 
 def _due(recipe: Recipe, round: int) -> bool:

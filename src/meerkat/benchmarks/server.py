@@ -21,7 +21,7 @@ from meerkat.protocol import (
 )
 from meerkat.recipe import Recipe, parse_recipe
 from meerkat.rounds import close_round, plan_round
-from meerkat.server.gradip import gradip
+from meerkat.server.gradip import Compass
 from meerkat.server.state import Log, ServerState, initial_state
 
 __all__ = ["bench_server"]
@@ -94,10 +94,14 @@ def _pass(arrived: _Round) -> dict[str, float]:
             arrived.recipe, arrived.state, arrived.directions, arrived.plans, reports, arrived.log
         )
 
+    def score() -> None:
+        for _ in Compass(arrived.gradient, arrived.directions).stream(reports):
+            pass
+
     return {
         "decode_seconds": seconds(decode),
         "close_seconds": seconds(close),
-        "score_seconds": seconds(lambda: gradip(reports, arrived.gradient, arrived.directions)),
+        "score_seconds": seconds(score),
     }
 
 
@@ -113,7 +117,7 @@ def _round(clients: int, steps: int, mask_size: int, seed: int) -> tuple[_Round,
     )
     generator = np.random.default_rng(seed)
     theta = generator.standard_normal(mask_size, np.float32)
-    state = initial_state(theta, digest(theta), clients)
+    state = initial_state(theta, digest(theta), clients, steps)
     log = Log()
     start = time.perf_counter()
     plans = plan_round(recipe, state, log)

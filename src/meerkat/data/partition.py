@@ -10,7 +10,7 @@ import numpy as np
 
 from meerkat.errors import DataError
 from meerkat.noise import permutation
-from meerkat.recipe import Federation
+from meerkat.recipe import Federation, Partition
 from meerkat.tasks import Example
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr-datasets reads it on import
@@ -42,10 +42,14 @@ def partition(
             f"{federation.partition.min_size}: {len(examples)} examples are too few; lower either"
         )
     labels = np.array([example.label for example in examples])
+    extreme = _extreme(labels, clients, federation.partition.extreme, seed)
+    rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([[], *extreme]).astype(np.int64))
+    others = clients - len(extreme)
     if kind == "single-label":
-        parts = _single_label(labels, clients)
+        shared = _single_label(labels[rest], others)
     else:
-        parts = _by_flower(labels, federation, seed)
+        shared = _by_flower(labels[rest], federation.partition, others, seed)
+    parts = [rest[part].tolist() for part in shared] + extreme
     held = sum(map(len, parts))
     if held < len(examples):
         raise DataError(
@@ -74,6 +78,24 @@ def label_counts(
     ]
 
 
+def _extreme(labels: np.ndarray, clients: int, count: int, seed: int) -> list[list[int]]:
+    """`count` clients of a single label each, the labels in turn from the seed's."""
+    kinds, share = np.unique(labels), len(labels) // clients
+    order = permutation(seed, (7, 0), len(labels))
+    parts: list[list[int]] = []
+    for turn in range(count):
+        label = kinds[(seed + turn) % len(kinds)]
+        begin = turn // len(kinds) * share
+        part = order[labels[order] == label][begin : begin + share]
+        if len(part) < share:
+            raise DataError(
+                f"federation.partition.extreme = {count}: label {label} has too few examples for "
+                f"its clients of {share} each; lower it, or raise federation.clients"
+            )
+        parts.append(part.tolist())
+    return parts
+
+
 def _single_label(labels: np.ndarray, clients: int) -> list[list[int]]:
     """Client k holds label k mod L alone; a label's examples are dealt to its clients in turn."""
     kinds = np.unique(labels)
@@ -90,19 +112,18 @@ def _single_label(labels: np.ndarray, clients: int) -> list[list[int]]:
     return parts
 
 
-def _by_flower(labels: np.ndarray, federation: Federation, seed: int) -> list[list[int]]:
+def _by_flower(labels: np.ndarray, chosen: Partition, clients: int, seed: int) -> list[list[int]]:
     """Partitions of flwr-datasets over a table of (index, label)."""
     order = permutation(seed, (4, 0), len(labels))
     table = datasets.Dataset.from_dict({"index": order.tolist(), "label": labels[order].tolist()})
-    chosen = federation.partition
     numpy_seed = seed % 2**32
     partitioner: Partitioner
     match chosen.kind:
         case "iid":
-            partitioner = IidPartitioner(federation.clients)
+            partitioner = IidPartitioner(clients)
         case "dirichlet":
             partitioner = DirichletPartitioner(
-                federation.clients,
+                clients,
                 partition_by="label",
                 alpha=chosen.alpha,
                 min_partition_size=chosen.min_size,
@@ -110,7 +131,7 @@ def _by_flower(labels: np.ndarray, federation: Federation, seed: int) -> list[li
             )
         case _:
             partitioner = PathologicalPartitioner(
-                federation.clients,
+                clients,
                 partition_by="label",
                 num_classes_per_partition=chosen.labels_per_client,
                 class_assignment_mode="deterministic",
@@ -120,12 +141,9 @@ def _by_flower(labels: np.ndarray, federation: Federation, seed: int) -> list[li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return [
-                list(partitioner.load_partition(client)["index"])
-                for client in range(federation.clients)
-            ]
+            return [list(partitioner.load_partition(client)["index"]) for client in range(clients)]
     except ValueError as error:
         raise DataError(
             f"federation.partition.kind = {chosen.kind!r} cannot be made for "
-            f"{federation.clients} clients: {error}"
+            f"{clients} clients: {error}"
         ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -27,6 +27,9 @@ class Outcome:
 @runtime_checkable
 class Engine(Protocol):
     """Carries plans to clients and reports back."""
+
+    def present(self) -> Collection[int]:
+        """Numbers of the clients that can be asked now."""
 
     def run(self, plans: Mapping[int, RoundPlan]) -> Outcome:
         """Have each client answer its plan."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from meerkat.client import Client, Worker
 from meerkat.engines import Outcome
@@ -27,6 +27,9 @@ class LocalEngine:
         self._worker = worker
         self._clients = clients
         self._answered = answered
+
+    def present(self) -> Collection[int]:
+        return range(len(self._clients))
 
     def run(self, plans: Mapping[int, RoundPlan]) -> Outcome:
         """Each client answers its plan; what it reads and writes went through the encoding."""

@@ -45,16 +45,19 @@ class ServerState:
     """Log entries that each client has."""
     steps_taken: Int64[np.ndarray, " K"]
     """Local steps that each client took; its data pointer."""
+    local_steps: Int64[np.ndarray, " K"]
+    """T_k."""
 
 
-def initial_state(theta: Theta, theta_digest: str, clients: int) -> ServerState:
-    """The state before round 0."""
+def initial_state(theta: Theta, theta_digest: str, clients: int, local_steps: int) -> ServerState:
+    """The state before round 0, with `local_steps` for every client."""
     return ServerState(
         0,
         _read_only(theta),
         theta_digest,
         _read_only(np.zeros(clients, np.int64)),
         _read_only(np.zeros(clients, np.int64)),
+        _read_only(np.full(clients, local_steps, np.int64)),
     )
 
 

@@ -1,0 +1,90 @@
+"""Simulate the calibration phase of a pool of clients, client by client, into JSON files.
+
+One pool a seed: eight clients that share the data as `--others` says, and three that hold a
+single label. Since z is shared and every client starts at the initial θ, any eight of them are a
+federation of their own; `detection.py` composes them. A file that is there is not made again, and
+two processes may share the work:
+
+    python experiments/trajectories.py runs/vp --shard 0/2 &
+    python experiments/trajectories.py runs/vp --shard 1/2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from meerkat.assembly import assemble
+from meerkat.protocol import CALIBRATION, RoundPlan
+from meerkat.recipe import load_recipe
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
+OTHERS, EXTREME = 8, 3
+
+
+def collect(out: Path, others: str, seed: int, steps: int, wanted: list[int]) -> None:
+    """Write `out/OTHERS-SEED-CLIENT.json` for the clients of this pool that lack one."""
+    names = {k: "extreme" if k >= OTHERS else others for k in wanted}
+    lacking = {
+        k: path for k in wanted if not (path := out / f"{names[k]}-{seed}-{k}.json").exists()
+    }
+    if not lacking:
+        return
+    recipe = load_recipe(
+        RECIPE,
+        [
+            f"seed={seed}",
+            f"federation.clients={OTHERS + EXTREME}",
+            f"federation.partition.kind={others}",
+            f"federation.partition.extreme={EXTREME}",
+            "runtime.threads=1",
+        ],
+    )
+    assembly = assemble(recipe)
+    worker, clients = assembly.worker(), assembly.clients()
+    gradient = assembly.calibrated.mask.gradient.astype(np.float64)
+    counts = assembly.header().label_counts
+    plan = RoundPlan(CALIBRATION, steps, recipe.optimizer.learning_rate, 0, 0)
+    for number, path in lacking.items():
+        started = time.monotonic()
+        taken = [(step.scalars[0], step.loss) for step in clients[number].local_steps(plan, worker)]
+        owner = worker.directions.owner(number)
+        drawn = [worker.directions.z(CALIBRATION, t, 0, owner) for t in range(steps)]
+        content = {
+            "labels": counts[number],
+            "scalars": [scalar for scalar, _ in taken],
+            "losses": [loss for _, loss in taken],
+            "alignments": [float(gradient @ z) for z in drawn],
+            "norms": [float(np.linalg.norm(z.astype(np.float64))) for z in drawn],
+            "gradient_norm": float(np.linalg.norm(gradient)),
+            "seconds": time.monotonic() - started,
+        }
+        path.write_text(json.dumps(content))
+        print(f"{path.name}: {content['seconds']:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--others", nargs="+", default=["iid", "dirichlet"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--shard", default="0/1", help="this process and how many there are")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shard, shards = map(int, options.shard.split("/"))
+    for others in options.others:
+        for seed in options.seeds:
+            numbers = range(OTHERS + EXTREME)
+            wanted = [k for k in numbers if (k + seed) % shards == shard]
+            collect(options.out, others, seed, options.steps, wanted)
+
+
+if __name__ == "__main__":
+    main()
