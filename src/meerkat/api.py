@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from meerkat import runs
 from meerkat.assembly import Calibrated, assemble
 from meerkat.data.sources import Split
 from meerkat.descent import Theta
-from meerkat.errors import RunError
+from meerkat.errors import MaskError, RunError
 from meerkat.evaluation import evaluate_objective
 from meerkat.exporting import save_delta, save_merged
 from meerkat.journal import replay as replay_journal
@@ -24,10 +25,42 @@ from meerkat.progress import Progress
 from meerkat.recipe import Recipe, load_recipe, parse_recipe
 from meerkat.records import Evaluated
 from meerkat.reporting import write_report
+from meerkat.server.gradip import Compass
+from meerkat.server.selection import Decision
+from meerkat.trajectories import (
+    PathSummary,
+    calibration_reports,
+    round_reports,
+    summarise_paths,
+    write_table,
+)
 
-__all__ = ["Replayed", "calibrate", "evaluate", "export", "replay", "report", "resume", "run"]
+__all__ = [
+    "Gradip",
+    "Replayed",
+    "calibrate",
+    "evaluate",
+    "export",
+    "gradip",
+    "replay",
+    "report",
+    "resume",
+    "run",
+]
 
 Source = str | Path | Recipe
+
+
+@dataclass(frozen=True)
+class Gradip:
+    """What the server sees of all paths."""
+
+    calibration: bool
+    """Are the paths those of the calibrations, or of all rounds?"""
+    paths: tuple[PathSummary, ...]
+    """By client."""
+    decision: Decision | None
+    """Who is stopped early now, if anything was decided."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +219,45 @@ def export(
         )
     save_merged(loaded, mask, theta, to)
     return to
+
+
+def gradip(
+    directory: str | Path, to: str | Path | None = None, clients: Sequence[int] = ()
+) -> Gradip:
+    """How each client walked along the pre-training gradient (method.md section 5).
+
+    From the journal of a run that is finished or under way, whether it selects clients or not:
+    over the calibration of each client if there was one, else over all its rounds.
+
+    Args:
+        to: Write GradIP, norm and cosine of every step to this CSV file, calibrations first.
+        clients: Only these clients in that file; all by default.
+
+    Raises:
+        MeerkatError: There is no such run, its mask has no gradient, or the file exists.
+    """
+    directory = Path(directory)
+    with closing(runs.open_journal(directory)) as journal:
+        recipe, header = runs.recipe_of(directory), journal.header
+        gradient = runs.mask_of(directory, header).gradient
+        if gradient is None:
+            raise MaskError(
+                f"{runs.mask_path(directory)}: a {header.mask_kind} mask keeps no pre-training "
+                "gradient, which GradIP needs; set mask.kind = 'sensitivity' in a new run"
+            )
+        compass = Compass(gradient, header.directions)
+        if to is not None:
+            if Path(to).exists():
+                raise RunError(f"{to} exists; choose another file")
+            everything = chain(journal.calibrations(), round_reports(journal))
+            write_table(compass.stream(everything), Path(to), set(clients))
+        reports = calibration_reports(journal, recipe)
+        calibrated = summarise_paths(compass.stream(reports), recipe.selection.later_window)
+        paths = calibrated or summarise_paths(
+            compass.stream(round_reports(journal)), recipe.selection.later_window
+        )
+        decisions = journal.decisions()
+    return Gradip(bool(calibrated), tuple(paths), decisions[-1] if decisions else None)
 
 
 def report(directory: str | Path) -> Path:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meerkat.errors import MeerkatError
-from meerkat.terminal import Bar, mask_table, quiet_libraries
+from meerkat.terminal import Bar, gradip_table, mask_table, quiet_libraries
 
 __all__ = ["app", "main"]
 
@@ -210,6 +211,32 @@ def report(directory: DirectoryArgument) -> None:
 
 
 @_command
+def gradip(
+    directory: DirectoryArgument,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Write GradIP, norm and cosine of every step to this CSV file."),
+    ] = None,
+    clients: Annotated[
+        list[int] | None,
+        typer.Option("--client", help="Only this client in that file; may be repeated.", min=0),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How each client walks along the pre-training gradient, from the journal alone."""
+    from meerkat import api
+
+    found = api.gradip(directory, to, clients or ())
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+    else:
+        for line in gradip_table(found):
+            console.print(line)
+    if to is not None:
+        print(f"wrote {to}", file=sys.stderr)
+
+
+@_command
 def bench(
     kind: Annotated[BenchKind, typer.Argument(help="What to measure.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -236,6 +263,9 @@ def _print_summary(summary: dict[str, Any], directory: Path) -> None:
     up, down = summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"]
     table.add_row("bytes a client and round", f"{up:.0f} up, {down:.0f} down")
     table.add_row("parameters that moved", f"{summary['mask_size']:,}")
+    if summary["stopped_early"]:
+        stopped = ", ".join(map(str, summary["stopped_early"]))
+        table.add_row("stopped early", stopped if len(stopped) <= 60 else f"{stopped[:60]} …")
     table.add_row("θ digest", summary["theta_digest"][:16])
     table.add_row("report", str(directory / "report.html"))
     console.print(table)

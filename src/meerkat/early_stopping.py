@@ -6,6 +6,7 @@ journal before the round that it shapes, so a run that is resumed goes by the sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from meerkat.descent import Theta, digest
@@ -34,12 +35,19 @@ class EarlyStopping:
 
     Args:
         gradient: p, which the signal `gradip` needs.
+        decided: Called after each decision.
 
     Raises:
         RecipeError: The signal is `gradip`, and the mask has no p.
     """
 
-    def __init__(self, recipe: Recipe, journal: Journal, gradient: Theta | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        journal: Journal,
+        gradient: Theta | None,
+        decided: Callable[[], None] = lambda: None,
+    ):
         chosen = recipe.selection
         if chosen.kind == "gradip" and chosen.signal == "gradip" and gradient is None:
             raise RecipeError(
@@ -50,6 +58,7 @@ class EarlyStopping:
         self._recipe = recipe
         self._journal = journal
         self._gradient = gradient
+        self._decided = decided
         decisions = journal.decisions()
         self._decision = decisions[-1] if decisions else None
         self._applied: Decision | None = None
@@ -129,3 +138,4 @@ class EarlyStopping:
     def _keep(self, decision: Decision) -> None:
         self._journal.append_decision(decision)
         self._decision = decision
+        self._decided()

@@ -19,6 +19,7 @@ from meerkat.errors import ProtocolError
 __all__ = [
     "CALIBRATION",
     "DIGEST_BYTES",
+    "PLAN_BYTES",
     "VERSION",
     "ClientReport",
     "LogEntry",
@@ -41,6 +42,9 @@ DIGEST_BYTES = 8
 _PLAN = struct.Struct("<BxHIIIfI")
 _ENTRY = struct.Struct("<IHHIfd")
 _REPORT = struct.Struct("<BBHIII8s")
+
+PLAN_BYTES = _PLAN.size
+"""Size of a plan without log entries, as a calibration plan is."""
 
 
 @dataclass(frozen=True)

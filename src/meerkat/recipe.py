@@ -179,9 +179,9 @@ class Selection(Section):
     apply: bool = False
     """Keep the calibration's update: it is then round 0. Otherwise it is discarded, and the
     data pointer goes back to where it was."""
-    signal: Literal["gradip", "projected-gradient"] = "gradip"
-    """What is judged: |GradIP| (the paper), or |g|, which is |GradIP| without the factor
-    |< p, z >| that all clients share."""
+    signal: Literal["projected-gradient", "gradip"] = "projected-gradient"
+    """What is judged: |g|, or |GradIP| (the paper), which is |g| times the factor
+    |< p, z >| that all clients share; see docs/results/meerkat-vp.md for the choice."""
     first_window: Count = 20
     """T_init, steps of the first window; at most half of the path."""
     later_window: Count = 20

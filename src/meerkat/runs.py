@@ -3,6 +3,7 @@
 DIR/recipe.json      the recipe; only its [runtime] may be edited
 DIR/mask.safetensors the mask
 DIR/journal.sqlite   the record
+DIR/selection.json   who is stopped early and why, where a selection was made
 DIR/summary.json     the figures, once the run is complete
 DIR/report.html      the report, and its pictures under DIR/report/
 """
@@ -24,6 +25,7 @@ from meerkat.evaluation import evaluate_objective
 from meerkat.journal import Journal, replay
 from meerkat.mask import Mask, load_mask, save_mask
 from meerkat.progress import Progress
+from meerkat.protocol import PLAN_BYTES, encode_report
 from meerkat.recipe import Recipe, load_recipe
 from meerkat.records import Evaluated, Header
 from meerkat.reporting import write_report
@@ -31,6 +33,7 @@ from meerkat.training import restore_state, train
 
 __all__ = [
     "begin",
+    "describe_selection",
     "go_on",
     "journal_path",
     "mask_of",
@@ -40,10 +43,11 @@ __all__ = [
     "summarise",
 ]
 
-_RECIPE, _MASK, _JOURNAL, _SUMMARY = (
+_RECIPE, _MASK, _JOURNAL, _SELECTION, _SUMMARY = (
     "recipe.json",
     "mask.safetensors",
     "journal.sqlite",
+    "selection.json",
     "summary.json",
 )
 
@@ -116,7 +120,9 @@ def _see_through(assembly: Assembly, directory: Path, progress: Progress) -> dic
             journal, recipe.federation.clients, recipe.federation.local_steps
         )
         worker.synchronise(state.theta, len(log))
-        stopping = EarlyStopping(recipe, journal, calibrated.mask.gradient)
+        stopping = EarlyStopping(
+            recipe, journal, calibrated.mask.gradient, lambda: _write_selection(directory, journal)
+        )
         engine = LocalEngine(worker, assembly.clients(), progress.advance)
 
         def evaluate(round: int, theta: Theta) -> Evaluated:
@@ -131,12 +137,46 @@ def _see_through(assembly: Assembly, directory: Path, progress: Progress) -> dic
         return _finish(directory, journal)
 
 
+def _write_selection(directory: Path, journal: Journal) -> None:
+    selection = describe_selection(journal)
+    if selection is not None:
+        (directory / _SELECTION).write_text(json.dumps(selection, indent=1) + "\n")
+
+
+def describe_selection(journal: Journal) -> dict[str, Any] | None:
+    """Who is stopped early and why, with each client's labels; None where nothing was decided."""
+    decisions, header = journal.decisions(), journal.header
+    if not decisions:
+        return None
+    chosen, last = json.loads(header.recipe)["selection"], decisions[-1]
+    clients = []
+    for verdict in last.verdicts:
+        counts = header.label_counts[verdict.client]
+        labels = dict(zip(header.labels, counts, strict=False)) or {"examples": sum(counts)}
+        clients.append({**asdict(verdict), "labels": labels})
+    return {
+        **{name: chosen[name] for name in ("kind", "signal", "action")},
+        "flagged": list(last.flagged),
+        "decisions": [
+            {
+                "round": decision.round,
+                "source": decision.source,
+                "thresholds": decision.thresholds and asdict(decision.thresholds),
+                "flagged": list(decision.flagged),
+            }
+            for decision in decisions
+        ],
+        "clients": clients,
+    }
+
+
 def _is_complete(journal: Journal, recipe: Recipe) -> bool:
     rounds = recipe.federation.rounds
     return journal.rounds == rounds and any(e.round == rounds for e in journal.evaluations())
 
 
 def _finish(directory: Path, journal: Journal) -> dict[str, Any]:
+    _write_selection(directory, journal)
     summary = summarise(journal)
     (directory / _SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     write_report(directory, journal)
@@ -222,7 +262,9 @@ def summarise(journal: Journal) -> dict[str, Any]:
     recipe = json.loads(header.recipe)
     metrics = [metrics for _, metrics in journal.records()]
     answers = sum(len(record.reports) for record, _ in journal.records())
-    evaluations = journal.evaluations()
+    evaluations, decisions = journal.evaluations(), journal.decisions()
+    calibrated = len(journal.calibrated())
+    steps = recipe["selection"]["calibration_steps"] * header.perturbations
     before = next((e for e in evaluations if e.round == 0), None)
     after = next((e for e in evaluations if e.round == journal.rounds), None)
     seconds = sum(m.seconds for m in metrics) + sum(e.seconds for e in evaluations)
@@ -239,6 +281,11 @@ def summarise(journal: Journal) -> dict[str, Any]:
         "local_steps": recipe["federation"]["local_steps"],
         "bytes_up_per_client_round": sum(m.bytes_up for m in metrics) / max(1, answers),
         "bytes_down_per_client_round": sum(m.bytes_down for m in metrics) / max(1, answers),
+        "stopped_early": list(decisions[-1].flagged) if decisions else [],
+        "calibrated_clients": calibrated,
+        "calibration_forward_passes": 2 * steps * calibrated,
+        "calibration_bytes_up": sum(len(encode_report(r)) for r in journal.calibrations()),
+        "calibration_bytes_down": PLAN_BYTES * calibrated,
         "theta_digest": replay(journal)[1],
         "mask_size": header.mask_size,
         "eligible_parameters": header.eligible,

@@ -22,9 +22,11 @@ from rich.progress import Progress as RichProgress
 from meerkat.progress import Progress
 
 if TYPE_CHECKING:  # the help texts need no torch
+    from meerkat.api import Gradip
     from meerkat.assembly import Calibrated
+    from meerkat.server.selection import Verdict
 
-__all__ = ["Bar", "mask_table", "quiet_libraries"]
+__all__ = ["Bar", "gradip_table", "mask_table", "quiet_libraries"]
 
 
 def quiet_libraries() -> None:
@@ -100,6 +102,32 @@ class Bar(Progress):
     def _tell(self) -> None:
         line = f"{self._stage}: {self._done} of {self._total}  {self._line()}".rstrip()
         print(line, file=sys.stderr, flush=True)
+
+
+def gradip_table(found: Gradip) -> list[str]:
+    """Lines with a summary of each client's path, and what was decided of it."""
+    where = "calibration" if found.calibration else "rounds"
+    lines = [f"{'client':>8} {'steps':>7} {'|GradIP| first':>15} {'later':>10} {'norm':>9} "]
+    lines[0] += f"{'cosine':>8}  over its {where}"
+    verdicts = {v.client: v for v in found.decision.verdicts} if found.decision else {}
+    for path in found.paths:
+        line = f"{path.client:8} {path.steps:7} {path.first:15.4g} {path.later:10.4g} "
+        line += f"{path.norm:9.3g} {path.cosine:8.4f}"
+        verdict = verdicts.get(path.client)
+        if verdict is not None:
+            line += f"  {_reason(verdict)}"
+        lines.append(line)
+    return lines
+
+
+def _reason(verdict: Verdict) -> str:
+    word = f"stopped, T_k = {verdict.steps}" if verdict.flagged else "kept"
+    if verdict.rho_later is None:
+        return word
+    word += f"; ρ_later {verdict.rho_later:.3g}"
+    if verdict.rho_quiet is not None:
+        word += f", ρ_quiet {verdict.rho_quiet:.2f}"
+    return word if verdict.margin is None else f"{word}, margin {verdict.margin:+.2f}"
 
 
 def mask_table(found: Calibrated) -> list[str]:

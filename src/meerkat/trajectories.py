@@ -1,24 +1,118 @@
-"""Journal → what the server sees of each client's path, and the signals that it is judged by."""
+"""Journal → what the server sees of each client's path, and the signals that it is judged by.
+
+All of it is streamed: a few thousand reports and one z are in memory at a time.
+"""
 
 from __future__ import annotations
 
+import csv
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 
 import numpy as np
 
 from meerkat.descent import Theta
 from meerkat.journal import Journal
 from meerkat.noise import Directions
-from meerkat.protocol import ClientReport
+from meerkat.protocol import CALIBRATION, ClientReport
 from meerkat.recipe import Recipe
-from meerkat.server.gradip import Compass, magnitudes
+from meerkat.server.gradip import Compass, Trajectories, magnitudes
 from meerkat.server.selection import Signal
 
-__all__ = ["calibration_reports", "calibration_signals", "round_signals"]
+__all__ = [
+    "PathSummary",
+    "calibration_reports",
+    "calibration_signals",
+    "round_reports",
+    "round_signals",
+    "summarise_paths",
+    "write_table",
+]
 
 _SHORT = 0.5
 """A client with a path shorter than this share of the longest one is not judged."""
+
+
+@dataclass(frozen=True)
+class PathSummary:
+    """A client's path in a few numbers."""
+
+    client: int
+    steps: int
+    first: float
+    """Mean |GradIP| of the first window."""
+    later: float
+    """Mean |GradIP| of the later window."""
+    norm: float
+    """Mean norm of the local gradient estimate."""
+    cosine: float
+    """Mean cosine between p and the local gradient estimate."""
+
+
+def summarise_paths(found: Iterable[Trajectories], window: int) -> list[PathSummary]:
+    """One summary a client, over all that is streamed in; windows of so many steps, or fewer."""
+    paths: dict[int, _Running] = {}
+    for some in found:
+        for row, client in enumerate(some.clients.tolist()):
+            kept = slice(0, int(some.steps[row]))
+            running = paths.setdefault(client, _Running(window))
+            running.add(some.gradip[row, kept], some.norm[row, kept], some.cosine[row, kept])
+    return [paths[client].summary(client) for client in sorted(paths)]
+
+
+def write_table(found: Iterable[Trajectories], path: Path, clients: Collection[int] = ()) -> int:
+    """A CSV file with a row for each client and step; returns how many.
+
+    Args:
+        clients: Which clients; all by default.
+    """
+    count = 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["client", "round", "step", "gradip", "norm", "cosine"])
+        for some in found:
+            name = "calibration" if some.round == CALIBRATION else some.round
+            for row, client in enumerate(some.clients.tolist()):
+                if clients and client not in clients:
+                    continue
+                for step in range(int(some.steps[row])):
+                    values = (some.gradip, some.norm, some.cosine)
+                    table.writerow([client, name, step, *(float(v[row, step]) for v in values)])
+                    count += 1
+    return count
+
+
+class _Running:
+    """The ends of a path and its means, while it is streamed."""
+
+    def __init__(self, window: int):
+        self._first, self._last = np.zeros(window, np.float32), np.zeros(window, np.float32)
+        self._steps, self._sums = 0, np.zeros(2)
+
+    def add(self, gradip: Signal, norm: Signal, cosine: Signal) -> None:
+        window, begin = len(self._first), self._steps
+        values = np.abs(gradip)
+        room = self._first[begin : begin + len(values)]
+        room[:] = values[: len(room)]
+        places = np.arange(begin, begin + len(values)) % window
+        self._last[places[-window:]] = values[-window:]
+        self._sums += (norm.sum(), cosine.sum())
+        self._steps += len(values)
+
+    def summary(self, client: int) -> PathSummary:
+        held = min(self._steps, len(self._first))
+        norm, cosine = (self._sums / self._steps).tolist()
+        first, last = (float(ends[:held].mean()) for ends in (self._first, self._last))
+        return PathSummary(client, self._steps, first, last, norm, cosine)
+
+
+def round_reports(journal: Journal, start: int = 0) -> Iterator[ClientReport]:
+    """All reports of rounds, in order."""
+    for record, _ in journal.records(start):
+        yield from record.reports
 
 
 def calibration_reports(journal: Journal, recipe: Recipe) -> Iterator[ClientReport]:
@@ -51,8 +145,8 @@ def round_signals(
     """
     start = round - recipe.watched_rounds
     paths: dict[int, list[Signal]] = defaultdict(list)
-    records = journal.records(max(start, 1 if recipe.is_founding(0) else 0))
-    reports = (r for record, _ in records if record.round < round for r in record.reports)
+    every = round_reports(journal, max(start, 1 if recipe.is_founding(0) else 0))
+    reports = takewhile(lambda report: report.round < round, every)
     for client, signal in _signals(reports, recipe, gradient, journal.header.directions):
         paths[client].append(signal)
     longest = max((len(rows) for rows in paths.values()), default=0)

@@ -22,8 +22,10 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What the server sees of the virtual paths of K clients; zero where no step was taken."""
+    """What the server sees of K virtual paths in one round; zero where no step was taken."""
 
+    round: int
+    """Number of the round, or `protocol.CALIBRATION`."""
     clients: Int64[np.ndarray, " K"]
     steps: Int64[np.ndarray, " K"]
     """T_k."""
@@ -71,6 +73,7 @@ class Compass:
         norm = np.sqrt(np.maximum(squares, 0.0))
         scale = norm * self._norm
         return Trajectories(
+            round=reports[0].round,
             clients=np.array([report.client for report in reports], np.int64),
             steps=np.array([report.steps for report in reports], np.int64),
             gradip=gradip,

@@ -41,7 +41,6 @@ _TIMES = 2.5
 """How many times louder the loud group is at least."""
 _WIDTH = math.sqrt(math.pi / 2 - 1)
 """Standard deviation of |g| by its mean, where g is Gaussian."""
-_QUIET_SHARE = 0.65
 _LARGEST = 1e9
 """Stands for an infinite ratio, which JSON cannot hold."""
 
@@ -211,9 +210,10 @@ def _auto(summaries: Sequence[_Summary]) -> Thresholds:
     Levels (means of the later window) are cut in two where the variance between the groups, on
     a logarithmic scale, is largest (Otsu 1979). The groups are real if they lie `_APART` standard
     deviations apart, the error of a mean over the window counted in, and one is `_TIMES` the
-    other. Then σ lies midway between the groups; a step of a loud client, whose g is about
-    Gaussian, is below it seldom enough for ρ_quiet > `_QUIET_SHARE` to be no accident; and ρ_later
-    must be above the fall that is common to the loud clients, who learn, too.
+    other. Then σ lies midway between the groups, and the threshold of ρ_quiet where it tells them
+    apart best. ρ_later must be above half of that of the loud clients, which carries what is common
+    to all: learning, and < p, z >. Not more: a client whose single label the model favours is quiet
+    from the start.
     """
     none = Thresholds(None, None, None)
     levels = np.array([s.later for s in summaries])
@@ -231,7 +231,18 @@ def _auto(summaries: Sequence[_Summary]) -> Thresholds:
         return none
     sigma = math.exp((float(loud.mean()) + float(quiet.mean())) / 2)
     falls = sorted(summaries[i].rho_later for i in order[cut:].tolist())
-    return Thresholds(falls[len(falls) // 2], _QUIET_SHARE, sigma)
+    shares = np.array([summaries[i].rho_quiet(sigma) for i in order.tolist()])
+    return Thresholds(falls[len(falls) // 2] / 2, _between(shares[cut:], shares[:cut]), sigma)
+
+
+def _between(low: Float64[np.ndarray, " L"], high: Float64[np.ndarray, " H"]) -> float:
+    """The threshold with the fewest values of `low` above it and of `high` not above it."""
+    values = np.unique(np.concatenate([low, high]))
+    places = (values[:-1] + values[1:]) / 2 if len(values) > 1 else values
+    above = len(low) - np.searchsorted(np.sort(low), places, "right")
+    below = np.searchsorted(np.sort(high), places, "right")
+    best = np.flatnonzero(above + below == (above + below).min())
+    return float(places[best[len(best) // 2]])
 
 
 def _otsu(values: Float64[np.ndarray, " K"]) -> int:

@@ -1,0 +1,119 @@
+"""Does early stopping help: Meerkat, Meerkat-vp, a random set and the true set stopped.
+
+Eight clients, three of a single label. Each arm is a run of its own, in a directory of its own;
+a run that is there is not made again. Two processes may share the work:
+
+    python experiments/arms.py runs/arms --shard 0/2 &
+    python experiments/arms.py runs/arms --shard 1/2
+    python experiments/arms.py runs/arms --table
+
+The calibration does not depend on T, so Meerkat-vp calibrates in the runs of T = 10; with the same
+clients stopped its run is bit for bit that of the oracle (`--table` checks it where both ran).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+import meerkat
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
+TRUTH = [5, 6, 7]
+ARMS = {
+    "none": ["selection.kind=none"],
+    "random": ["selection.kind=random", f"selection.count={len(TRUTH)}"],
+    "oracle": ["selection.kind=list", f"selection.clients={TRUTH}"],
+    "vp": ["selection.kind=gradip"],
+}
+ROUNDS = {10: 8, 30: 3}
+RATES = (1e-5, 5e-6, 2e-5)
+
+Run = tuple[str, int, int, float]
+"""Arm, T, seed, η."""
+
+
+def plan() -> list[Run]:
+    """All runs, the ones that matter most first."""
+    runs: list[Run] = []
+    for seed in (0, 1, 2):
+        runs += [(arm, 10, seed, RATES[0]) for arm in ("vp", "none", "random")]
+        runs += [(arm, 30, seed, RATES[0]) for arm in ("none", "oracle", "random")]
+    runs.append(("oracle", 10, 0, RATES[0]))
+    runs += [(arm, 10, 0, rate) for rate in RATES[1:] for arm in ("none", "oracle", "random")]
+    return runs
+
+
+def folder(out: Path, run: Run) -> Path:
+    arm, steps, seed, rate = run
+    return out / f"{arm}-T{steps}-seed{seed}-eta{rate:g}"
+
+
+def make(out: Path, run: Run) -> None:
+    arm, steps, seed, rate = run
+    directory = folder(out, run)
+    if (directory / "summary.json").exists():
+        return
+    if directory.exists():
+        summary = meerkat.resume(directory)
+    else:
+        changes = [
+            *ARMS[arm],
+            f"seed={seed}",
+            f"federation.local_steps={steps}",
+            f"federation.rounds={ROUNDS[steps]}",
+            "federation.batch_size=4",
+            f"optimizer.learning_rate={rate}",
+            "evaluation.examples=512",
+            "runtime.threads=1",
+        ]
+        summary = meerkat.run(RECIPE, directory, changes)
+    print(f"{directory.name}: {summary['accuracy_after']:.3f}", flush=True)
+
+
+def table(out: Path) -> None:
+    found = {
+        run: json.loads((folder(out, run) / "summary.json").read_text())
+        for run in plan()
+        if (folder(out, run) / "summary.json").exists()
+    }
+    for seed in (0, 1, 2):
+        vp = found.get(("vp", 10, seed, RATES[0]))
+        if vp is None:
+            continue
+        print(f"seed {seed}: Meerkat-vp stopped {vp['stopped_early']}")
+        oracle = found.get(("oracle", 10, seed, RATES[0]))
+        if oracle is not None:
+            same = oracle["theta_digest"] == vp["theta_digest"]
+            print(f"seed {seed}: the oracle's θ is {'the same' if same else 'another'}")
+    rows: dict[tuple[int, float, str], list[tuple[float, float]]] = defaultdict(list)
+    for (arm, steps, _, rate), summary in found.items():
+        rows[steps, rate, arm].append((summary["accuracy_after"], summary["loss_after"]))
+    print("\n| T | η | arm | seeds | accuracy | loss |\n|---|---|---|---|---|---|")
+    for (steps, rate, arm), values in sorted(rows.items()):
+        mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=min(1, len(values) - 1))
+        cells = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
+        print(f"| {steps} | {rate:g} | {arm} | {len(values)} | {cells} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shard", default="0/1", help="this process and how many there are")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    if options.table:
+        table(options.out)
+        return
+    shard, shards = map(int, options.shard.split("/"))
+    for number, run in enumerate(plan()):
+        if number % shards == shard:
+            make(options.out, run)
+
+
+if __name__ == "__main__":
+    main()
