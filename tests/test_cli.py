@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -22,6 +24,9 @@ from typer.testing import CliRunner, Result
 
 import meerkat
 from meerkat.cli import app
+from meerkat.journal import Journal
+from meerkat.mask import load_mask
+from meerkat.noise import SHARED
 
 Invoke = Callable[..., Result]
 
@@ -76,7 +81,8 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_help_of_every_command() -> None:
-    commands = ["calibrate", "run", "resume", "replay", "evaluate", "export", "report", "bench"]
+    commands = ["calibrate", "run", "resume", "replay", "evaluate", "export", "gradip", "report"]
+    commands.append("bench")
     overview = invoke("--help").output
     for command in commands:
         assert command in overview
@@ -118,6 +124,104 @@ def test_a_whole_run_in_processes_of_its_own(recipe_file: Path, tmp_path: Path) 
     before = (out / "summary.json").read_text()
     assert invoke("resume", out).exit_code == 0
     assert (out / "summary.json").read_text() == before
+
+
+SELECTION = {
+    "kind": "gradip",
+    "calibration_steps": 8,
+    "rho_later": 0.0,
+    "rho_quiet": 0.0,
+    "sigma": 1e9,
+}
+"""Thresholds that every client is beyond."""
+
+
+def test_a_run_that_stops_clients_early(tiny_recipe_data: dict, tmp_path: Path) -> None:
+    """run, gradip in all its forms, report, resume, as a user would."""
+    path, out, table = tmp_path / "vp.toml", tmp_path / "run", tmp_path / "paths.csv"
+    path.write_text(toml_of({**tiny_recipe_data, "selection": SELECTION}))
+    printed = invoke("run", path, "--out", out)
+    assert printed.exit_code == 0, printed.output
+    assert "Calibrating the clients: 3 of 3" in printed.stderr
+    assert "0, 1, 2" in printed.stdout
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["stopped_early"] == [0, 1, 2]
+    assert summary["calibrated_clients"] == 3
+    assert summary["calibration_forward_passes"] == 3 * 8 * 2
+    assert summary["calibration_bytes_up"] == 3 * (24 + 4 * 8)
+    assert summary["calibration_bytes_down"] == 3 * 24
+    assert summary["bytes_up_per_client_round"] == 24 + 4  # one step, where two were planned
+
+    selection = json.loads((out / "selection.json").read_text())
+    assert selection["flagged"] == [0, 1, 2]
+    assert selection["decisions"][0]["thresholds"] == {"later": 0.0, "quiet": 0.0, "sigma": 1e9}
+    counts = meerkat_counts(out)
+    for client in selection["clients"]:
+        assert client["flagged"]
+        assert client["steps"] == 1
+        assert client["rho_later"] > 0
+        assert client["rho_quiet"] == 1
+        assert client["margin"] > 0
+        assert list(client["labels"].values()) == counts[client["client"]]
+
+    shown = invoke("gradip", out, "--to", table, "--client", 1)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.count("stopped, T_k = 1") == 3
+    rows = table.read_text().splitlines()
+    assert rows[0] == "client,round,step,gradip,norm,cosine"
+    assert [row.split(",")[:3] for row in rows[1:]] == [
+        *(["1", "calibration", str(step)] for step in range(8)),
+        *(["1", str(round), "0"] for round in range(4)),
+    ]
+    refused(invoke("gradip", out, "--to", table), "exists")
+    found = json.loads(invoke("gradip", out, "--json").stdout)
+    assert found["calibration"] is True
+    assert [entry["steps"] for entry in found["paths"]] == [8, 8, 8]
+
+    before = (out / "summary.json").read_text()
+    (out / "selection.json").unlink()
+    assert invoke("resume", out).exit_code == 0
+    assert (out / "summary.json").read_text() == before
+    assert json.loads((out / "selection.json").read_text()) == selection
+
+
+def meerkat_counts(out: Path) -> list[list[int]]:
+    with closing(Journal.open(out / "journal.sqlite")) as journal:
+        return journal.header.label_counts
+
+
+def test_gradip_of_a_run_without_selection(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert invoke("run", recipe_file, "--out", out).exit_code == 0
+    assert not (out / "selection.json").exists()
+    found = json.loads(invoke("gradip", out, "--json").stdout)
+    assert found["calibration"] is False
+    assert found["decision"] is None
+    assert [path["steps"] for path in found["paths"]] == [8, 8, 8]
+
+    # The figures are those of p, z and g, worked out here one by one.
+    with closing(Journal.open(out / "journal.sqlite")) as journal:
+        header = journal.header
+        p = load_mask(out / "mask.safetensors", header.model).gradient
+        assert p is not None
+        products: dict[int, list[float]] = {0: [], 1: [], 2: []}
+        for record, _ in journal.records():
+            for report in record.reports:
+                for step, scalar in enumerate(report.scalars):
+                    z = header.directions.z(record.round, step, 0, SHARED).astype(float)
+                    products[report.client].append(scalar * float(p.astype(float) @ z))
+    for path in found["paths"]:
+        mean = np.abs(products[path["client"]]).mean()
+        assert path["first"] == pytest.approx(mean, rel=1e-5)
+        assert path["later"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_gradip_needs_a_gradient(recipe_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert invoke("run", recipe_file, "--out", out, "--set", "mask.kind=random").exit_code == 0
+    refused(invoke("gradip", out), "random mask", "mask.kind = 'sensitivity'")
+    refused(invoke("gradip", tmp_path / "nowhere"), "no such run")
 
 
 def test_calibrate_says_where_the_sensitivity_is(recipe_file: Path, tmp_path: Path) -> None:
