@@ -7,18 +7,15 @@ over all rounds before it, so that damage is found, and what lies before the dam
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from meerkat.descent import Theta, digest, follow
 from meerkat.errors import JournalError, ProtocolError
+from meerkat.journal.store import Store, link
 from meerkat.protocol import (
     ClientReport,
     decode_entries,
@@ -26,54 +23,18 @@ from meerkat.protocol import (
     encode_entries,
     encode_report,
 )
-from meerkat.records import Evaluated, Header, RoundMetrics
+from meerkat.records import Evaluated, RoundMetrics
 from meerkat.rounds import RoundRecord
 from meerkat.server.selection import Decision
 
 __all__ = ["Journal", "replay"]
 
-_SCHEMA = """
-CREATE TABLE header (key TEXT PRIMARY KEY, value BLOB NOT NULL);
-CREATE TABLE rounds (round INTEGER PRIMARY KEY, entries BLOB NOT NULL, digest TEXT NOT NULL,
-                     metrics TEXT NOT NULL, chain BLOB NOT NULL);
-CREATE TABLE reports (round INTEGER, client INTEGER, payload BLOB NOT NULL,
-                      PRIMARY KEY (round, client)) WITHOUT ROWID;
-CREATE TABLE evaluations (round INTEGER PRIMARY KEY, content TEXT NOT NULL);
-CREATE TABLE calibrations (client INTEGER PRIMARY KEY, payload BLOB NOT NULL, seal BLOB NOT NULL);
-CREATE TABLE decisions (made INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
-"""
-_FORMAT = 2
 
-
-class Journal:
+class Journal(Store):
     """One run's record. Use `create` or `open`.
 
     Every write is durable when the call returns. A failed one leaves all before it readable.
     """
-
-    def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path = path
-        self._connection = connection
-        self._header: tuple[Header, Theta] | None = None
-        self._own: bytes | None = None
-        self._chain = b""
-
-    @classmethod
-    def create(cls, path: Path, header: Header, theta: Theta) -> Journal:
-        """A journal with its header and θ_0, whole or not at all.
-
-        Raises:
-            JournalError: It cannot be written.
-        """
-        journal = cls(path, sqlite3.connect(path, isolation_level=None))
-        with journal._writing() as connection:
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
-            content = json.dumps({"format": _FORMAT, **asdict(header)})
-            rows = [("header", content), ("theta", theta.astype("<f4").tobytes())]
-            connection.executemany("INSERT INTO header VALUES (?, ?)", rows)
-        journal._chain = journal._header_digest()
-        return journal
 
     @classmethod
     def open(cls, path: Path) -> Journal:
@@ -93,20 +54,6 @@ class Journal:
                 "these, sets the damaged file aside and goes on"
             )
         return journal
-
-    @staticmethod
-    def exists(path: Path) -> bool:
-        """Is there a journal with a header, damaged or not?"""
-        if not path.is_file() or path.stat().st_size == 0:
-            return False
-        connection = sqlite3.connect(path)
-        try:
-            tables = "SELECT count(*) FROM sqlite_master WHERE name = 'header'"
-            return bool(connection.execute(tables).fetchone()[0])
-        except sqlite3.DatabaseError:
-            return True
-        finally:
-            connection.close()
 
     @classmethod
     def recover(cls, path: Path) -> Journal:
@@ -146,9 +93,6 @@ class Journal:
         scratch.replace(path)
         return cls.open(path)
 
-    def close(self) -> None:
-        self._connection.close()
-
     # What a run writes
 
     def append_round(self, record: RoundRecord, metrics: RoundMetrics) -> None:
@@ -159,7 +103,7 @@ class Journal:
         """
         entries = encode_entries(record.entries)
         payloads = [(r.client, encode_report(r)) for r in record.reports]
-        chain = _link(self._chain, record.round, entries, record.theta_digest, payloads)
+        chain = link(self._chain, record.round, entries, record.theta_digest, payloads)
         with self._writing() as connection:
             connection.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)",
@@ -212,15 +156,6 @@ class Journal:
     # What everyone reads
 
     @property
-    def header(self) -> Header:
-        return self._read_header()[0]
-
-    @property
-    def theta0(self) -> Theta:
-        """θ before round 0."""
-        return self._read_header()[1].copy()
-
-    @property
     def rounds(self) -> int:
         """Complete rounds."""
         return self._count("rounds")
@@ -251,43 +186,12 @@ class Journal:
 
     # Within
 
-    def _sealed(self, query: str) -> Iterator[bytes]:
-        """Rows outside of the chain of rounds; those that are damaged are left out."""
-        for content, seal in self._connection.execute(query):
-            if seal == self._seal(content):
-                yield content
-
-    def _seal(self, content: bytes) -> bytes:
-        """Binds a row outside of the chain of rounds to this journal."""
-        return hashlib.sha256(self._header_digest() + content).digest()
-
-    def _read_header(self) -> tuple[Header, Theta]:
-        if self._header is None:
-            rows = dict(self._connection.execute("SELECT key, value FROM header").fetchall())
-            content = json.loads(rows["header"])
-            if content.pop("format") != _FORMAT:
-                raise JournalError(f"{self.path} was written by another version of Meerkat")
-            theta = np.frombuffer(rows["theta"], "<f4").astype(np.float32)
-            self._header = Header(**content), theta
-        return self._header
-
-    def _header_digest(self) -> bytes:
-        if self._own is None:
-            header, theta = self._read_header()
-            content = json.dumps(asdict(header), sort_keys=True) + digest(theta)
-            self._own = hashlib.sha256(content.encode()).digest()
-        return self._own
-
     def _rows(self, start: int = 0) -> Iterator[tuple[int, bytes, str, str, bytes]]:
         query = (
             "SELECT round, entries, digest, metrics, chain FROM rounds WHERE round >= ? "
             "ORDER BY round"
         )
         yield from self._connection.execute(query, (start,))
-
-    def _count(self, table: str) -> int:
-        count: int = self._connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
-        return count
 
     def _payloads(self, number: int) -> list[tuple[int, bytes]]:
         query = "SELECT client, payload FROM reports WHERE round = ? ORDER BY client"
@@ -304,7 +208,7 @@ class Journal:
             for expected, row in enumerate(self._rows()):
                 number, entries, theta, metrics, stored = row
                 payloads = self._payloads(number)
-                chain = _link(chain, number, entries, theta, payloads)
+                chain = link(chain, number, entries, theta, payloads)
                 if number != expected or chain != stored:
                     return
                 yield (
@@ -333,23 +237,6 @@ class Journal:
         except (sqlite3.DatabaseError, ValueError, TypeError):
             return []
 
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is durable at its end, or has not happened."""
-        try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.execute("BEGIN IMMEDIATE")
-            yield self._connection
-            self._connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise JournalError(
-                f"{self.path} cannot be written ({error}); all complete rounds are kept: make "
-                "room, then `meerkat resume`"
-            ) from None
-
 
 def replay(journal: Journal, rounds: int | None = None) -> tuple[Theta, str]:
     """θ after so many rounds (all by default) and its digest, from the journal alone.
@@ -375,15 +262,3 @@ def replay(journal: Journal, rounds: int | None = None) -> tuple[Theta, str]:
             f"{recorded[:16]}; this machine's noise or arithmetic differs"
         )
     return theta, found
-
-
-def _link(
-    chain: bytes, number: int, entries: bytes, theta: str, payloads: list[tuple[int, bytes]]
-) -> bytes:
-    content = hashlib.sha256(chain)
-    content.update(f"{number} {theta} {len(entries)}\n".encode())
-    content.update(entries)
-    for client, payload in payloads:
-        content.update(f"{client} {len(payload)}\n".encode())
-        content.update(payload)
-    return content.digest()

@@ -1,0 +1,32 @@
+"""The schema of a run: TOML in, validated frozen objects out."""
+
+from meerkat.recipe.reading import load_recipe, parse_recipe
+from meerkat.recipe.schema import (
+    Evaluation,
+    Federation,
+    MaskSection,
+    ModelSection,
+    Noise,
+    Optimizer,
+    Partition,
+    Recipe,
+    Runtime,
+    Selection,
+    TaskSection,
+)
+
+__all__ = [
+    "Evaluation",
+    "Federation",
+    "MaskSection",
+    "ModelSection",
+    "Noise",
+    "Optimizer",
+    "Partition",
+    "Recipe",
+    "Runtime",
+    "Selection",
+    "TaskSection",
+    "load_recipe",
+    "parse_recipe",
+]
