@@ -129,7 +129,8 @@ class EarlyStopping:
         seen_now = any(v.source == "rounds" and v.judged == round for v in self._verdicts())
         if every and round and round % every == 0 and not seen_now:
             signals = round_signals(journal, recipe, self._gradient, round)
-            fresh = decide_by_paths(recipe, round, "rounds", signals)
+            stopped = self._decision.flagged if self._decision else ()
+            fresh = decide_by_paths(recipe, round, "rounds", signals, stopped)
             self._keep(merged(fresh, self._verdicts(), fresh.verdicts))
 
     def _verdicts(self) -> tuple[Verdict, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from meerkat.errors import DataError
 from meerkat.noise import permutation
-from meerkat.recipe import Federation, Partition
+from meerkat.recipe import Federation
 from meerkat.tasks import Example
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr-datasets reads it on import
@@ -44,11 +44,10 @@ def partition(
     labels = np.array([example.label for example in examples])
     extreme = _extreme(labels, clients, federation.partition.extreme, seed)
     rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([[], *extreme]).astype(np.int64))
-    others = clients - len(extreme)
     if kind == "single-label":
-        shared = _single_label(labels[rest], others)
+        shared = _single_label(labels[rest], federation)
     else:
-        shared = _by_flower(labels[rest], federation.partition, others, seed)
+        shared = _by_flower(labels[rest], federation, seed)
     parts = [rest[part].tolist() for part in shared] + extreme
     held = sum(map(len, parts))
     if held < len(examples):
@@ -96,12 +95,19 @@ def _extreme(labels: np.ndarray, clients: int, count: int, seed: int) -> list[li
     return parts
 
 
-def _single_label(labels: np.ndarray, clients: int) -> list[list[int]]:
+def _others(federation: Federation) -> tuple[int, str]:
+    """How many clients the kind of partition is for, and how to name them."""
+    clients, extreme = federation.clients, federation.partition.extreme
+    name = f"federation.clients = {clients}"
+    return clients - extreme, f"{name}, {extreme} of them extreme" if extreme else name
+
+
+def _single_label(labels: np.ndarray, federation: Federation) -> list[list[int]]:
     """Client k holds label k mod L alone; a label's examples are dealt to its clients in turn."""
-    kinds = np.unique(labels)
+    kinds, (clients, named) = np.unique(labels), _others(federation)
     if clients < len(kinds):
         raise DataError(
-            f"federation.clients = {clients}: a single-label partition of {len(kinds)} labels "
+            f"{named}: a single-label partition of {len(kinds)} labels "
             "needs at least as many clients"
         )
     parts: list[list[int]] = [[] for _ in range(clients)]
@@ -112,10 +118,11 @@ def _single_label(labels: np.ndarray, clients: int) -> list[list[int]]:
     return parts
 
 
-def _by_flower(labels: np.ndarray, chosen: Partition, clients: int, seed: int) -> list[list[int]]:
+def _by_flower(labels: np.ndarray, federation: Federation, seed: int) -> list[list[int]]:
     """Partitions of flwr-datasets over a table of (index, label)."""
     order = permutation(seed, (4, 0), len(labels))
     table = datasets.Dataset.from_dict({"index": order.tolist(), "label": labels[order].tolist()})
+    chosen, (clients, named) = federation.partition, _others(federation)
     numpy_seed = seed % 2**32
     partitioner: Partitioner
     match chosen.kind:
@@ -144,6 +151,5 @@ def _by_flower(labels: np.ndarray, chosen: Partition, clients: int, seed: int) -
             return [list(partitioner.load_partition(client)["index"]) for client in range(clients)]
     except ValueError as error:
         raise DataError(
-            f"federation.partition.kind = {chosen.kind!r} cannot be made for "
-            f"{clients} clients: {error}"
+            f"federation.partition.kind = {chosen.kind!r} cannot be made for {named}: {error}"
         ) from None
