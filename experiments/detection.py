@@ -1,9 +1,10 @@
 """Precision, recall and area under the curve of the selection, from simulated calibrations.
 
-Reads what `trajectories.py` wrote and composes federations of eight clients from each pool: none
-extreme; one (each of the three in turn); all three. Prints one table for each kind of others.
+Composes federations of eight clients from each pool of `calibrations.json`, which
+`trajectories.py` made: none extreme; one (each of the three in turn); all three. Prints a table for
+each kind of others, then which of the Dirichlet clients are flagged, by their labels.
 
-    python experiments/detection.py runs/vp
+    python experiments/detection.py
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from meerkat.recipe import Recipe, load_recipe
 from meerkat.server.selection import Decision, decide_by_paths
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
+RECORDED = Path(__file__).with_name("calibrations.json")
 CLIENTS, EXTREME = 8, 3
 
 
@@ -40,23 +42,30 @@ class Simulated:
 class Case:
     """One federation and what was decided of it."""
 
-    extreme: int
+    seed: int
     truth: tuple[int, ...]
     decision: Decision
     scores: dict[int, tuple[float, float]]
     """ρ_later, and minus the level of the later window: the higher, the more extreme."""
 
 
-def read(folder: Path, others: str, seed: int) -> dict[int, Simulated]:
-    """The pool of a seed, as far as it is there."""
-    pool = {}
-    for number in range(CLIENTS + EXTREME):
-        path = folder / f"{'extreme' if number >= CLIENTS else others}-{seed}-{number}.json"
-        if path.exists():
-            content = json.loads(path.read_text())
-            arrays = (np.array(content[name]) for name in ("scalars", "alignments"))
-            pool[number] = Simulated(content["labels"], *arrays)
-    return pool
+def pools(recorded: Path, others: str) -> dict[int, dict[int, Simulated]]:
+    """The clients of each seed whose pool is whole."""
+    content = json.loads(recorded.read_text())
+    found = {}
+    for seed, shared in content["seeds"].items():
+        names = [
+            f"{'extreme' if number >= CLIENTS else others}-{seed}-{number}"
+            for number in range(CLIENTS + EXTREME)
+        ]
+        if not set(names) <= set(content["clients"]):
+            continue
+        alignments = np.array(shared["alignments"])
+        found[int(seed)] = {
+            number: Simulated(client["labels"], np.array(client["scalars"]), alignments)
+            for number, client in enumerate(content["clients"][name] for name in names)
+        }
+    return found
 
 
 def federations(pool: dict[int, Simulated]) -> Iterator[tuple[int, ...]]:
@@ -68,22 +77,26 @@ def federations(pool: dict[int, Simulated]) -> Iterator[tuple[int, ...]]:
     yield (*range(CLIENTS - EXTREME), *singles)
 
 
-def cases(folder: Path, others: str, seeds: Sequence[int], recipe: Recipe) -> Iterator[Case]:
+def cases(pools: dict[int, dict[int, Simulated]], recipe: Recipe) -> Iterator[Case]:
+    """What is decided of each federation of each pool."""
     steps, name = recipe.selection.calibration_steps, recipe.selection.signal
-    for seed in seeds:
-        pool = read(folder, others, seed)
-        if len(pool) < CLIENTS + EXTREME:
-            continue
+    window = min(recipe.selection.later_window, steps // 2)
+    for seed, pool in pools.items():
         for members in federations(pool):
             signals = {k: pool[k].signal(name, steps) for k in members}
             decision = decide_by_paths(recipe, 0, "calibration", signals)
-            window = min(recipe.selection.later_window, steps // 2)
             scores = {
                 v.client: (v.rho_later or 0.0, -float(signals[v.client][-window:].mean()))
                 for v in decision.verdicts
             }
             truth = tuple(k for k in members if k >= CLIENTS)
-            yield Case(len(truth), truth, decision, scores)
+            yield Case(seed, truth, decision, scores)
+
+
+def chosen(signal: str, steps: int) -> Recipe:
+    """The recipe with a signal and T_cali, all thresholds automatic."""
+    changes = ["kind=gradip", f"signal={signal}", f"calibration_steps={steps}"]
+    return load_recipe(RECIPE, [f"selection.{change}" for change in changes])
 
 
 def area(found: Sequence[Case], score: int) -> float:
@@ -108,32 +121,41 @@ def row(found: Sequence[Case]) -> str:
     return " | ".join((str(len(found)), str(flagged - hits), precision, recall, *areas))
 
 
+def tell_dirichlet(pools: dict[int, dict[int, Simulated]]) -> None:
+    """Each Dirichlet client of the federations without an extreme one, by its larger label."""
+    rows = []
+    for case in cases(pools, chosen("projected-gradient", 100)):
+        if not case.truth:
+            for client, (_, level) in case.scores.items():
+                labels = pools[case.seed][client].labels
+                share, flagged = max(labels) / sum(labels), client in case.decision.flagged
+                rows.append((share, case.seed, labels, -level, flagged))
+    print("\n| larger label's share | seed | rotten, fresh | level of the later window | flagged |")
+    print("|---|---|---|---|---|")
+    for share, seed, labels, level, flagged in sorted(rows, reverse=True):
+        counts = ", ".join(map(str, labels))
+        print(f"| {share:.3f} | {seed} | {counts} | {level:.1f} | {'yes' if flagged else ''} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    options = parser.parse_args()
+    parser.add_argument("recorded", type=Path, nargs="?", default=RECORDED)
+    recorded = parser.parse_args().recorded
     for others in ("iid", "dirichlet"):
-        print(f"\nothers {others}\n")
+        found = pools(recorded, others)
+        print(f"\nothers {others}, pools {', '.join(map(str, found))}\n")
         print(
             "| signal | T_cali | extreme | federations | wrongly flagged | precision | recall | "
-            "AUC of ρ_later | AUC of the level |"
+            "AUC of ρ_later | AUC of the level |\n|---|---|---|---|---|---|---|---|---|"
         )
-        print("|---|---|---|---|---|---|---|---|---|")
         for name in ("gradip", "projected-gradient"):
             for steps in (25, 50, 100):
-                changes = [
-                    "selection.kind=gradip",
-                    f"selection.signal={name}",
-                    f"selection.calibration_steps={steps}",
-                ]
-                found = list(
-                    cases(options.folder, others, options.seeds, load_recipe(RECIPE, changes))
-                )
+                decided = list(cases(found, chosen(name, steps)))
                 for extreme in (0, 1, 3):
-                    some = [case for case in found if case.extreme == extreme]
+                    some = [case for case in decided if len(case.truth) == extreme]
                     if some:
                         print(f"| {name} | {steps} | {extreme} | {row(some)} |")
+    tell_dirichlet(pools(recorded, "dirichlet"))
 
 
 if __name__ == "__main__":

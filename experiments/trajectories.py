@@ -1,4 +1,4 @@
-"""Simulate the calibration phase of a pool of clients, client by client, into JSON files.
+"""Simulate the calibration phase of pools of clients, client by client, into JSON files.
 
 One pool a seed: eight clients that share the data as `--others` says, and three that hold a
 single label. Since z is shared and every client starts at the initial θ, any eight of them are a
@@ -7,6 +7,9 @@ two processes may share the work:
 
     python experiments/trajectories.py runs/vp --shard 0/2 &
     python experiments/trajectories.py runs/vp --shard 1/2
+    python experiments/trajectories.py runs/vp --pack experiments/calibrations.json
+
+The last line puts all of them into the one file that the other scripts read.
 """
 
 from __future__ import annotations
@@ -68,6 +71,22 @@ def collect(out: Path, others: str, seed: int, steps: int, wanted: list[int]) ->
         print(f"{path.name}: {content['seconds']:.0f} s", flush=True)
 
 
+def pack(out: Path, target: Path) -> None:
+    """All files of a folder in one, with what clients of a seed share kept once."""
+    clients, seeds = {}, {}
+    for path in sorted(out.glob("*-*-*.json")):
+        content = json.loads(path.read_text())
+        clients[path.stem] = {
+            "labels": content["labels"],
+            "scalars": [round(scalar, 4) for scalar in content["scalars"]],
+        }
+        seeds[path.stem.split("-")[1]] = {
+            "gradient_norm": round(content["gradient_norm"], 3),
+            **{key: [round(value, 3) for value in content[key]] for key in ("alignments", "norms")},
+        }
+    target.write_text(json.dumps({"seeds": seeds, "clients": clients}, indent=None) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -75,7 +94,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--shard", default="0/1", help="this process and how many there are")
+    parser.add_argument("--pack", type=Path, help="only gather what is there into this file")
     options = parser.parse_args()
+    if options.pack:
+        pack(options.out, options.pack)
+        return
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     shard, shards = map(int, options.shard.split("/"))
