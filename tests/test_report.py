@@ -23,8 +23,7 @@ from meerkat.recipe import parse_recipe
 from meerkat.records import Evaluated, Header, RoundMetrics
 from meerkat.reporting import charts, write_report
 from meerkat.reporting.charts import _cells, _split
-from meerkat.reporting.curves import _running_mean
-from meerkat.reporting.figure import thin
+from meerkat.reporting.figure import running_mean, thin
 from meerkat.rounds import RoundRecord
 
 THETA = np.zeros(8, np.float32)
@@ -145,8 +144,8 @@ def test_page_is_self_contained_and_tells_the_journal(usual):
 
 
 def test_pictures_are_written_in_both_formats(usual):
-    expected = {f"{name}.{suffix}" for name in charts.FIGURES for suffix in ("svg", "png")}
-    assert pictures(usual) == expected
+    names = [name for name in charts.FIGURES if not name.startswith(("gradip", "selection"))]
+    assert pictures(usual) == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
     for path in (usual / "report").iterdir():
         if path.suffix == ".svg":
             assert ElementTree.parse(path).getroot().get("width") == "480"
@@ -273,9 +272,9 @@ def test_thin_keeps_the_ends():
 
 
 def test_running_mean_leaves_out_what_is_not_finite():
-    assert _running_mean([1.0, math.nan, 3.0, math.inf], 3) == [1.0, 2.0, 3.0, 3.0]
-    assert math.isnan(_running_mean([math.nan], 3)[0])
-    assert _running_mean([], 5) == []
+    assert running_mean([1.0, math.nan, 3.0, math.inf], 3) == [1.0, 2.0, 3.0, 3.0]
+    assert math.isnan(running_mean([math.nan], 3)[0])
+    assert running_mean([], 5) == []
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")

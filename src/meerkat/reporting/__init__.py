@@ -8,6 +8,7 @@ from meerkat.errors import RunError
 from meerkat.journal import Journal
 from meerkat.reporting.charts import FIGURES, draw
 from meerkat.reporting.page import render
+from meerkat.reporting.stopping import read_paths
 from meerkat.reporting.summary import read
 
 __all__ = ["write_report"]
@@ -23,7 +24,9 @@ def write_report(directory: Path, journal: Journal) -> Path:
         RunError: The directory cannot be written.
     """
     run = read(journal)
-    figures = draw(run.header, run.losses, run.sent, run.evaluations)
+    calibrated = run.stopping and run.stopping.calibrated
+    paths = read_paths(directory, journal, calibrated) if calibrated else None
+    figures = draw(run.header, run.losses, run.sent, run.evaluations, run.stopping, paths)
     pictures = directory / "report"
     try:
         pictures.mkdir(parents=True, exist_ok=True)

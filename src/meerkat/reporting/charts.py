@@ -17,16 +17,25 @@ from meerkat.reporting.figure import (
     Figure,
     Rows,
     dressed,
+    label_names,
     left_out,
     plain,
     plural,
     short,
+    tally,
     thin,
 )
+from meerkat.reporting.paths import draw_paths
+from meerkat.reporting.scatter import draw_scatter
+from meerkat.reporting.stopping import Paths, Stopping
 
 __all__ = ["FIGURES", "draw"]
 
-FIGURES = ("loss", "accuracy", "loss-by-bytes", "accuracy-by-bytes", "clients", "mask")
+FIGURES = (
+    *("loss", "accuracy", "loss-by-bytes", "accuracy-by-bytes"),
+    *("gradip", "selection", "gradip-norm", "gradip-cosine"),
+    *("clients", "mask"),
+)
 """Names of all pictures that a report may have, in their order on the page."""
 
 _HEIGHT = 280
@@ -39,6 +48,8 @@ def draw(
     losses: Sequence[float],
     sent: Sequence[int],
     evaluations: Sequence[Evaluated],
+    stopping: Stopping | None = None,
+    paths: Paths | None = None,
 ) -> list[Figure]:
     """All pictures that there are data for.
 
@@ -47,6 +58,9 @@ def draw(
     found: list[Figure | None] = []
     for axis in axes(sent):
         found += [loss(axis, losses, evaluations), accuracy(axis, evaluations)]
+    if stopping is not None:
+        drawn = draw_paths(paths) if paths is not None else []
+        found += [*drawn[:1], draw_scatter(stopping.last), *drawn[1:]]
     found += [_clients(header.labels, header.label_counts), _mask(header.mask_parts)]
     return [figure for figure in found if figure is not None]
 
@@ -55,7 +69,7 @@ def _clients(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure |
     sizes = [sum(row) for row in counts]
     if not sizes:
         return None
-    names = _label_names(labels, max(map(len, counts)))
+    names = label_names(labels, max(map(len, counts)))
     shown = thin(len(counts), _BARS)
     sentence = (
         f"{sum(sizes):,} training examples are spread over {plural(len(sizes), 'client')}; the "
@@ -79,12 +93,9 @@ def _bars(names: list[str], counts: Mapping[int, Sequence[int]]) -> Chart:
     """Stacked bars: lying while each has room for its name, else standing."""
     rows: Rows = []
     for client, row in counts.items():
-        tally: Counter[int] = Counter()
-        for label, count in enumerate(row):
-            tally[min(label, len(names) - 1)] += count
         rows += [
             {"client": str(client), "label": names[i], "order": i, "examples": count}
-            for i, count in tally.items()
+            for i, count in tally(row, names).items()
         ]
     legend = alt.Legend(orient="top", columns=4, labelLimit=80)
     bars = (
@@ -114,15 +125,6 @@ def _bars(names: list[str], counts: Mapping[int, Sequence[int]]) -> Chart:
         y=alt.Y("examples:Q", title=length),
     )
     return dressed(chart, heading, _HEIGHT)
-
-
-def _label_names(labels: Sequence[str], count: int) -> list[str]:
-    """A name for each colour; what has no colour of its own shares the last."""
-    if count <= 1 and not labels:
-        return ["examples"]
-    names = [plain(labels[i]) if i < len(labels) else f"label {i}" for i in range(count)]
-    most = len(LABEL_COLOURS)
-    return names if count <= most else [*names[: most - 1], f"{count - most + 1} other labels"]
 
 
 def _mask(parts: dict[str, int]) -> Figure | None:

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import altair as alt
-import numpy as np
 
 from meerkat.records import Evaluated
 from meerkat.reporting.figure import (
     BLUE,
     GREEN,
-    INK,
     PALE_BLUE,
     VERMILLION,
     Chart,
@@ -23,6 +21,8 @@ from meerkat.reporting.figure import (
     byte_unit,
     dressed,
     left_out,
+    rimmed,
+    running_mean,
     thin,
 )
 
@@ -79,7 +79,7 @@ def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) 
     """Training and held-out loss; many rounds are drawn pale, with their running mean."""
     places = thin(len(losses), _POINTS)
     window = max(5, len(losses) // 20) if len(losses) > _DOTTED else 1
-    mean = _running_mean(losses, window)
+    mean = running_mean(losses, window)
     lines = [
         _line("held-out", VERMILLION, ((axis.at[e.round], e.loss) for e in _few(evaluations))),
         _line(
@@ -137,21 +137,6 @@ def _few(evaluations: Sequence[Evaluated]) -> list[Evaluated]:
     return [evaluations[i] for i in thin(len(evaluations), _POINTS)]
 
 
-def _running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the finite values among the `window` around each; shorter at the ends."""
-    array = np.array(values, dtype=np.float64)
-    finite = np.isfinite(array)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, array, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    middle = np.arange(len(array))
-    low = np.maximum(0, middle - window // 2)
-    high = np.minimum(len(array), middle - window // 2 + window)
-    held = counts[high] - counts[low]
-    mean = (sums[high] - sums[low]) / np.maximum(1, held)
-    result: list[float] = np.where(held > 0, mean, np.nan).tolist()
-    return result
-
-
 def _drawn(axis: Axis, heading: str, title: str, lines: Sequence[_Line], form: str) -> Chart:
     """Lines over one axis, the last one undermost; the first has its ends labelled."""
     lines = [line for line in lines if line.rows]
@@ -187,22 +172,12 @@ def _scale(lines: Sequence[_Line]) -> alt.Scale:
 def _ends(rows: Rows, x: alt.X, y: alt.Y, form: str) -> list[alt.Chart]:
     """The first and the last value, written at their points."""
     sides: tuple[Literal["left", "right"], ...] = ("left", "right")
-    layers = []
+    layers: list[alt.Chart] = []
     for end, side in zip((0, -1), sides[: len(rows)], strict=False):
         text = alt.Chart(alt.InlineData(values=[rows[end]])).encode(
             x=x, y=y, text=alt.Text("y:Q", format=form)
         )
-        # A white rim keeps it readable on top of lines.
-        for rim, width in (("white", 4), ("transparent", 0)):
-            layers.append(
-                text.mark_text(
-                    align=side,
-                    dx=6 if side == "left" else -6,
-                    dy=-12,
-                    color=INK,
-                    fontWeight="bold",
-                    stroke=rim,
-                    strokeWidth=width,
-                )
-            )
+        layers += rimmed(
+            text, align=side, dx=6 if side == "left" else -6, dy=-12, fontWeight="bold"
+        )
     return layers

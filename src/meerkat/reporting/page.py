@@ -6,14 +6,14 @@ that comes from a journal is escaped.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
 from meerkat.records import Evaluated
-from meerkat.reporting.figure import Figure, plain, plural, thin
+from meerkat.reporting.figure import Figure, plural, safe, thin
 from meerkat.reporting.summary import Run, duration, facts
+from meerkat.reporting.verdicts import early_stopping
 
 __all__ = ["render"]
 
@@ -26,7 +26,8 @@ def render(run: Run, figures: Sequence[Figure]) -> str:
     style = files(__package__).joinpath("page.css").read_text("utf-8")
     title = _title(run)
     start = [figure for figure in figures if figure.name in ("clients", "mask")]
-    course = [figure for figure in figures if figure not in start]
+    paths = [figure for figure in figures if figure.name.startswith(("gradip", "selection"))]
+    course = [figure for figure in figures if figure not in start and figure not in paths]
     none = '<p class="note">No round is done and nothing is evaluated so far.</p>'
     parts = [
         _header(run, title),
@@ -34,6 +35,7 @@ def render(run: Run, figures: Sequence[Figure]) -> str:
         "<h2>Course of the run</h2>",
         _gallery(course) if course else none,
         _evaluations(run.evaluations),
+        *_stopping(run, paths),
         "<h2>Data and mask</h2>",
         _gallery(start),
         "<h2>Identity</h2>",
@@ -62,16 +64,12 @@ def render(run: Run, figures: Sequence[Figure]) -> str:
 """
 
 
-def _safe(text: object) -> str:
-    return html.escape(plain(str(text)))
-
-
 def _title(run: Run) -> str:
     task, model = (
         run.recipe.get("task.name", "task"),
         run.recipe.get("model.name", run.header.model),
     )
-    return f"{_safe(task)} on {_safe(model)}"
+    return f"{safe(task)} on {safe(model)}"
 
 
 def _header(run: Run, title: str) -> str:
@@ -81,22 +79,24 @@ def _header(run: Run, title: str) -> str:
     partition = run.recipe.get("federation.partition.kind", "unknown")
     if partition == "dirichlet":
         partition += f" (α = {run.recipe.get('federation.partition.alpha', '?')})"
+    if extreme := run.recipe.get("federation.partition.extreme"):
+        partition += f", {extreme} clients of a single label"
     lead = (
         f"Sparse zeroth-order federated fine-tuning. Mask: {run.header.mask_kind}; partition: "
         f"{partition}; {run.header.kind} noise, seed {run.header.seed}."
     )
     return (
         f'<header>\n<p class="state {kind}">{state}</p>\n<h1>{title}</h1>\n'
-        f'<p class="lead">{_safe(lead)}</p>\n'
+        f'<p class="lead">{safe(lead)}</p>\n'
         f'<p class="lead">θ after {plural(run.rounds, "round")}: '
-        f"<code>{_safe(run.theta_digest[:16])}</code></p>\n</header>"
+        f"<code>{safe(run.theta_digest[:16])}</code></p>\n</header>"
     )
 
 
 def _facts(run: Run) -> str:
     cells = "\n".join(
-        f'<div><dt>{_safe(what)}</dt><dd class="value">{_safe(value)}</dd>'
-        f'<dd class="hint">{_safe(hint)}</dd></div>'
+        f'<div><dt>{safe(what)}</dt><dd class="value">{safe(value)}</dd>'
+        f'<dd class="hint">{safe(hint)}</dd></div>'
         for what, value, hint in facts(run)
     )
     return f'<dl class="facts">\n{cells}\n</dl>'
@@ -104,7 +104,7 @@ def _facts(run: Run) -> str:
 
 def _gallery(figures: Iterable[Figure]) -> str:
     drawn = "\n".join(
-        f"<figure>\n{figure.svg}\n<figcaption>{_safe(figure.sentence)}</figcaption>\n</figure>"
+        f"<figure>\n{figure.svg}\n<figcaption>{safe(figure.sentence)}</figcaption>\n</figure>"
         for figure in figures
     )
     return f'<div class="figures">\n{drawn}\n</div>'
@@ -138,6 +138,13 @@ def _evaluation(evaluated: Evaluated) -> str:
     return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
+def _stopping(run: Run, figures: Sequence[Figure]) -> list[str]:
+    if run.stopping is None:
+        return []
+    gallery = _gallery(figures) if figures else ""
+    return ["<h2>Early stopping</h2>", gallery, early_stopping(run, run.stopping)]
+
+
 def _digests(run: Run) -> str:
     header = run.header
     rows = {
@@ -158,7 +165,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
         section, _, field = key.rpartition(".") if "." not in key else key.partition(".")
         sections.setdefault(section, {})[field] = value
     tables = "\n".join(
-        f"<section>\n<h3>{_safe(section or 'run')}</h3>\n{_pairs(fields, 'pairs')}\n</section>"
+        f"<section>\n<h3>{safe(section or 'run')}</h3>\n{_pairs(fields, 'pairs')}\n</section>"
         for section, fields in sections.items()
         if fields
     )
@@ -167,8 +174,7 @@ def _recipe(recipe: dict[str, Any]) -> str:
 
 def _pairs(rows: dict[str, Any], kind: str) -> str:
     body = "\n".join(
-        f'<tr><th scope="row">{_safe(name)}</th>{_value(value)}</tr>'
-        for name, value in rows.items()
+        f'<tr><th scope="row">{safe(name)}</th>{_value(value)}</tr>' for name, value in rows.items()
     )
     return f'<table class="{kind}">\n<tbody>\n{body}\n</tbody>\n</table>'
 
@@ -179,5 +185,5 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return f"<td>{'yes' if value else 'no'}</td>"
     if isinstance(value, list):
-        return f"<td>{_safe(', '.join(map(str, value)))}</td>"
-    return f"<td>{_safe(value)}</td>"
+        return f"<td>{safe(', '.join(map(str, value)))}</td>"
+    return f"<td>{safe(value)}</td>"

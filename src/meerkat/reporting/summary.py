@@ -11,9 +11,13 @@ from typing import Any
 
 from meerkat.journal import Journal, replay
 from meerkat.records import Evaluated, Header
-from meerkat.reporting.figure import byte_unit, plural
+from meerkat.reporting.figure import byte_unit, listed, plural
+from meerkat.reporting.stopping import Stopping, read_stopping
 
 __all__ = ["Fact", "Run", "duration", "facts", "read"]
+
+_LISTED = 8
+"""Most numbers of clients in a hint."""
 
 Fact = tuple[str, str, str]
 """What it is, its value, and a hint below it."""
@@ -38,6 +42,8 @@ class Run:
     seconds: float
     """Time in rounds."""
     theta_digest: str
+    stopping: Stopping | None
+    """None where nothing was decided on early stopping."""
 
     @property
     def rounds(self) -> int:
@@ -81,6 +87,7 @@ def read(journal: Journal) -> Run:
         evaluations=[e for e in journal.evaluations() if e.round <= len(losses)],
         seconds=seconds,
         theta_digest=theta_digest,
+        stopping=read_stopping(journal),
     )
 
 
@@ -139,6 +146,7 @@ def _cost(run: Run) -> list[Fact]:
     return [
         ("Rounds", f"{run.rounds:,}", f"of {run.planned:,}"),
         ("Clients", f"{run.clients:,}", everyone),
+        *_stopped(run),
         (
             "Local steps in a round",
             str(get("federation.local_steps", "?")),
@@ -154,6 +162,14 @@ def _cost(run: Run) -> list[Fact]:
         ),
         ("Time", duration(run.seconds), f"in rounds; {duration(evaluating)} in evaluations"),
     ]
+
+
+def _stopped(run: Run) -> list[Fact]:
+    if run.stopping is None:
+        return []
+    which = run.stopping.last.flagged
+    count = f"{len(which):,} of {plural(run.clients, 'client')}"
+    return [("Stopped early", count, listed(which, _LISTED) or "nobody is extreme")]
 
 
 def _bytes(count: float) -> str:

@@ -27,6 +27,8 @@ _APART = 4.0
 """Standard deviations between two groups of clients; one Gaussian group cut in two has 2.65."""
 _TIMES = 2.5
 """How many times louder the loud group is at least."""
+_SILENT = 30.0
+"""Levels below the loudest one by this count as equally quiet, or silence would hide the rest."""
 _WIDTH = math.sqrt(math.pi / 2 - 1)
 """Standard deviation of |g| by its mean, where g is Gaussian."""
 
@@ -87,7 +89,7 @@ def by_groups(paths: Sequence[PathEnds]) -> Thresholds:
     levels = np.array([s.later for s in paths])
     if len(levels) < 2 or not levels.max() > 0:
         return none
-    logs = np.log(np.maximum(levels, levels.max() / LARGEST))
+    logs = np.log(np.maximum(levels, levels.max() / _SILENT))
     order = np.argsort(logs, kind="stable")
     cut = _otsu(logs[order])
     quiet, loud = logs[order[:cut]], logs[order[cut:]]
