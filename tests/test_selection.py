@@ -514,6 +514,127 @@ def test_a_thousand_clients() -> None:
     assert decide({k: loud(generator, s) for k, s in enumerate(sizes)}).flagged == ()
 
 
+# A repeated selection, by the paths of rounds
+
+
+def judge_again(
+    signals: dict[int, np.ndarray], stopped: tuple[int, ...] = (), **chosen: Any
+) -> Decision:
+    recipe = make_recipe(max(signals) + 1, **chosen)
+    return decide_by_paths(recipe, 6, "rounds", signals, stopped)
+
+
+def falling(*times: float) -> dict[int, np.ndarray]:
+    """Clients whose signal falls so many times half-way, and else is constant."""
+    halves = [np.full(20, 1.0)] * len(times)
+    return {k: np.concatenate([halves[k], 1.0 / np.full(20, fall)]) for k, fall in enumerate(times)}
+
+
+@pytest.mark.parametrize("common", [0.25, 1.0, 5.0])
+@pytest.mark.parametrize(
+    ("fall", "before", "after"),
+    [
+        (20, False, True),
+        (20, True, True),
+        (1.5, False, False),
+        (1.5, True, True),
+        (1.0, False, False),
+        (1.0, True, False),
+        (0.5, True, False),
+    ],
+)
+def test_caught_far_above_the_others_and_released_at_their_median(
+    common: float, fall: float, before: bool, after: bool
+) -> None:
+    """What all clients share, learning, does not matter."""
+    signals = falling(common, common, common * fall, common)
+    decision = judge_again(signals, (2,) if before else ())
+    assert decision.flagged == ((2,) if after else ())
+    assert (decision.round, decision.source) == (6, "rounds")
+    for client, verdict in by_client(decision).items():
+        assert verdict.steps == (1 if after and client == 2 else LOCAL_STEPS)
+        assert (verdict.judged, verdict.source) == (6, "rounds")
+        assert verdict.margin is not None
+        assert verdict.flagged == (verdict.margin > 0)
+
+
+def test_stopped_clients_do_not_move_the_median() -> None:
+    signals = falling(1, 1, 30, 30, 30, 30, 1.5)
+    assert judge_again(signals, (2, 3, 4, 5)).flagged == (2, 3, 4, 5)
+    assert judge_again(signals, (2, 3, 4, 6)).flagged == (2, 3, 4, 5, 6)
+
+
+@pytest.mark.parametrize("level", [1e-12, 1.0, 1e6])
+def test_how_quiet_a_client_is_plays_no_part_in_rounds(level: float) -> None:
+    signals = falling(1, 1, 1, 20)
+    signals[0], signals[3] = signals[0] / 1000, signals[3] * 1000
+    assert judge_again({k: s * level for k, s in signals.items()}).flagged == (3,)
+
+
+@pytest.mark.parametrize("before", [(), (0,), (0, 1, 2)], ids=str)
+def test_given_thresholds_hold_for_stopped_clients_too(before: tuple[int, ...]) -> None:
+    signals = falling(2, 3, 4, 1)
+    decision = judge_again(signals, before, rho_later=3.0)
+    assert decision.flagged == (2,)
+    decision = judge_again(signals, before, rho_later=2.0, rho_quiet=0.5, sigma=0.3)
+    assert decision.flagged == (2,)
+
+
+def test_taper_by_fall() -> None:
+    falls = (1.0, 1.0, 1.0, 1.0, 1.2, 1.6, 2.5, 10, 50, 1e6)
+    before = (4, 5, 6, 7, 8, 9)
+    verdicts = judge_again(falling(*falls), before, action="taper").verdicts
+    steps = [verdict.steps for verdict in verdicts]
+    assert steps == sorted(steps, reverse=True)
+    assert set(steps[:4]) == {LOCAL_STEPS}
+    assert steps[-1] == 1
+    assert len(set(steps)) >= 4
+    fresh = judge_again(falling(*falls), action="taper").verdicts
+    assert all(1 <= verdict.steps <= LOCAL_STEPS for verdict in fresh)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sets(st.integers(0, 6)), st.integers(-60, 20), st.randoms())
+def test_order_and_unit_do_not_matter_in_rounds(
+    seed: int, stopped: set[int], power: int, order: random.Random
+) -> None:
+    signals = cohort(seed, 5, 2, steps=40)
+    expected = judge_again(signals, tuple(stopped))
+    clients, held = list(signals), list(stopped)
+    order.shuffle(clients)
+    order.shuffle(held)
+    assert judge_again({client: signals[client] for client in clients}, tuple(held)) == expected
+    scaled = judge_again({k: s * 2.0**power for k, s in signals.items()}, tuple(stopped))
+    assert scaled.verdicts == expected.verdicts
+
+
+def test_iid_clients_are_left_alone_in_rounds_too() -> None:
+    generator = np.random.default_rng(19)
+    wrong, right = 0, 0
+    for _ in range(200):
+        sizes = scales(generator, 8)
+        signals = {k: ramped(generator, sizes[k], 1.0) for k in range(8)}
+        wrong += bool(judge_again(signals).flagged)
+        signals[5] = ramped(generator, sizes[5], 12.0)
+        right += 5 in judge_again(signals).flagged
+    assert wrong <= 2
+    assert right >= 194
+
+
+def test_json_of_a_repeated_selection() -> None:
+    decision = judge_again({**falling(1, 1, 20, 1), 4: np.r_[np.ones(20), np.zeros(20)]}, (0,))
+    assert Decision.from_json(decision.to_json()) == decision
+    assert decision.thresholds is not None
+    assert decision.thresholds.release is not None
+
+
+# with, and all are released. Where few clients are sampled that is a matter of chance, and an
+# extreme client is let go that falls as fast as ever; "between the two it stays what it is".
+def test_nobody_is_released_for_lack_of_others() -> None:
+    assert judge_again(falling(30, 30), stopped=(0, 1)).flagged == (0, 1)
+    assert judge_again({3: falling(30)[0]}, stopped=(3,)).flagged == (3,)
+
+
 # What a recipe may not ask
 
 ONE_LINE = r"\A[^\n]*\Z"

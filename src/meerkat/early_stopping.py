@@ -11,8 +11,9 @@ from dataclasses import replace
 
 from meerkat.descent import Theta, digest
 from meerkat.engines import Engine
-from meerkat.errors import DivergedError, RecipeError
+from meerkat.errors import DivergedError, ProtocolError, RecipeError
 from meerkat.journal import Journal
+from meerkat.mask import Mask
 from meerkat.noise import permutation
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe
@@ -27,7 +28,21 @@ from meerkat.server.selection import (
 from meerkat.server.state import ServerState
 from meerkat.trajectories import calibration_signals, round_signals
 
-__all__ = ["EarlyStopping"]
+__all__ = ["EarlyStopping", "check_signal"]
+
+
+def check_signal(recipe: Recipe, mask: Mask) -> None:
+    """Can clients be judged by this signal, with this mask?
+
+    Raises:
+        RecipeError: The signal is `gradip`, and the mask has no p.
+    """
+    chosen = recipe.selection
+    if chosen.kind == "gradip" and chosen.signal == "gradip" and mask.gradient is None:
+        raise RecipeError(
+            f"selection.signal = 'gradip' needs the pre-training gradient, which this {mask.kind} "
+            "mask lacks; set selection.signal = 'projected-gradient', or mask.kind = 'sensitivity'"
+        )
 
 
 class EarlyStopping:
@@ -36,9 +51,6 @@ class EarlyStopping:
     Args:
         gradient: p, which the signal `gradip` needs.
         decided: Called after each decision.
-
-    Raises:
-        RecipeError: The signal is `gradip`, and the mask has no p.
     """
 
     def __init__(
@@ -48,13 +60,6 @@ class EarlyStopping:
         gradient: Theta | None,
         decided: Callable[[], None] = lambda: None,
     ):
-        chosen = recipe.selection
-        if chosen.kind == "gradip" and chosen.signal == "gradip" and gradient is None:
-            raise RecipeError(
-                f"selection.signal = 'gradip' needs the pre-training gradient, which this "
-                f"{journal.header.mask_kind} mask lacks; set selection.signal = "
-                "'projected-gradient', or mask.kind = 'sensitivity'"
-            )
         self._recipe = recipe
         self._journal = journal
         self._gradient = gradient
@@ -108,6 +113,8 @@ class EarlyStopping:
                 raise DivergedError(f"calibration: {error}") from None
             for report in outcome.reports:
                 check_report(report, plans.get(report.client), start, journal.header.directions)
+            if len({report.client for report in outcome.reports}) < len(outcome.reports):
+                raise ProtocolError("calibration: a client reported twice")
             journal.append_calibrations(outcome.reports)
 
     def _calibrated(self) -> set[int]:
@@ -126,12 +133,13 @@ class EarlyStopping:
             # What was seen in rounds is newer than what a calibration showed.
             seen = [verdict for verdict in self._verdicts() if verdict.source == "rounds"]
             self._keep(merged(fresh, fresh.verdicts, seen))
-        seen_now = any(v.source == "rounds" and v.judged == round for v in self._verdicts())
-        if every and round and round % every == 0 and not seen_now:
-            signals = round_signals(journal, recipe, self._gradient, round)
+        due = round - round % every if every else 0
+        if due and not any(v.source == "rounds" and v.judged >= due for v in self._verdicts()):
+            signals = round_signals(journal, recipe, self._gradient, due)
             stopped = self._decision.flagged if self._decision else ()
-            fresh = decide_by_paths(recipe, round, "rounds", signals, stopped)
-            self._keep(merged(fresh, self._verdicts(), fresh.verdicts))
+            if signals:
+                fresh = decide_by_paths(recipe, due, "rounds", signals, stopped)
+                self._keep(merged(fresh, self._verdicts(), fresh.verdicts))
 
     def _verdicts(self) -> tuple[Verdict, ...]:
         return self._decision.verdicts if self._decision else ()

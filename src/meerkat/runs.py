@@ -18,7 +18,7 @@ from typing import Any
 
 from meerkat.assembly import Assembly, assemble
 from meerkat.descent import Theta
-from meerkat.early_stopping import EarlyStopping
+from meerkat.early_stopping import EarlyStopping, check_signal
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import JournalError, MeerkatError, RecipeError, RunError
 from meerkat.evaluation import evaluate_objective
@@ -107,6 +107,7 @@ def _see_through(assembly: Assembly, directory: Path, progress: Progress) -> dic
     recipe = assembly.recipe
     path = journal_path(directory)
     calibrated = assembly.calibrated
+    check_signal(recipe, calibrated.mask)
     worker = assembly.worker()
     if Journal.exists(path):
         journal = Journal.open(path)

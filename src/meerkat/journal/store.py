@@ -105,7 +105,10 @@ class Store:
             rows = dict(self._connection.execute("SELECT key, value FROM header").fetchall())
             content = json.loads(rows["header"])
             if content.pop("format") != _FORMAT:
-                raise JournalError(f"{self.path} was written by another version of Meerkat")
+                raise JournalError(
+                    f"{self.path} was written by another version of Meerkat; use that one, or "
+                    "start the run again in another directory"
+                )
             theta = np.frombuffer(rows["theta"], "<f4").astype(np.float32)
             self._header = Header(**content), theta
         return self._header

@@ -306,7 +306,10 @@ class Recipe(Section):
     def is_watched(self, round: int) -> bool:
         """Will this round's paths be judged by a repeated selection?"""
         every = self.selection.every
-        return every > 0 and every - round % every <= self.watched_rounds
+        if not every:
+            return False
+        left = every - round % every
+        return left <= self.watched_rounds and round + left < self.federation.rounds
 
     @property
     def fingerprint(self) -> str:

@@ -27,7 +27,7 @@ from meerkat.reporting.figure import (
 )
 from meerkat.reporting.paths import EXTREME, OTHERS, group_colour, told_extreme
 from meerkat.server.selection import Decision
-from meerkat.server.thresholds import LARGEST, Thresholds
+from meerkat.server.thresholds import EVERYTHING, LARGEST, Thresholds
 
 __all__ = ["draw_scatter"]
 
@@ -82,7 +82,7 @@ class _Plane:
 def draw_scatter(decision: Decision) -> Figure | None:
     """Clients that were judged in this decision, not in an older one; None where nobody was."""
     limits = decision.thresholds or Thresholds(None, None, None)
-    by_fall = limits.sigma == LARGEST
+    by_fall = limits.sigma == EVERYTHING
     judged = [
         _Point(v.client, v.client if by_fall else v.rho_quiet, v.rho_later, v.flagged)
         for v in decision.verdicts
@@ -115,7 +115,9 @@ def _told(limits: Thresholds) -> str:
     told = f"that takes ρ_later above {measured(limits.later)}"
     if limits.release is not None:
         told += f", or {measured(limits.release)} where a client was extreme before (dotted)"
-    return told if limits.sigma == LARGEST else f"{told} and ρ_quiet above {measured(limits.quiet)}"
+    return (
+        told if limits.sigma == EVERYTHING else f"{told} and ρ_quiet above {measured(limits.quiet)}"
+    )
 
 
 def _plane(points: Sequence[_Point], limits: Thresholds) -> _Plane:
@@ -126,7 +128,7 @@ def _plane(points: Sequence[_Point], limits: Thresholds) -> _Plane:
     shown += [limit for limit in (limits.later, limits.release) if limit]
     low, high = min(shown), max(shown)
     room = max((high / low) ** 0.12, 1.5)  # also where all values are equal
-    if limits.sigma != LARGEST:
+    if limits.sigma != EVERYTHING:
         return _Plane(low / room, high * room)
     last = max(point.client for point in points)
     return _Plane(low / room, high * room, -0.04 * last - 0.5, 1.06 * last + 0.5)
@@ -136,7 +138,7 @@ def _drawn(points: Sequence[_Point], limits: Thresholds, plane: _Plane) -> Chart
     domain = alt.Scale(domain=[plane.left, plane.right], nice=False)
     marks = alt.Axis(values=[0, 0.2, 0.4, 0.6, 0.8, 1], format=".1f", grid=False)
     x = alt.X("across:Q", title="ρ_quiet", scale=domain, axis=marks)
-    if limits.sigma == LARGEST:
+    if limits.sigma == EVERYTHING:
         marks = alt.Axis(tickCount=6, tickMinStep=1, format="d", grid=False)
         x = alt.X("across:Q", title="client", scale=domain, axis=marks)
     scale = alt.Scale(type="log", domain=[plane.low, plane.high], nice=False)
@@ -171,7 +173,7 @@ def _limits(limits: Thresholds, plane: _Plane, x: alt.X, y: alt.Y) -> list[alt.C
         if value is not None:
             base = alt.Chart(alt.InlineData(values=[{"later": plane.clip(value)}]))
             layers.append(base.mark_rule(strokeDash=dash, color=INK).encode(y=y))
-    if limits.quiet is not None and limits.sigma != LARGEST:
+    if limits.quiet is not None and limits.sigma != EVERYTHING:
         base = alt.Chart(alt.InlineData(values=[{"across": limits.quiet}]))
         layers.append(base.mark_rule(strokeDash=[5, 4], color=INK).encode(x=x))
     return layers
@@ -187,7 +189,7 @@ def _numbers(
         if limit is not None:
             _, y = plane.place(0.0, limit)
             taken.append((0, y - 1, _WIDTH, y + 1))
-    if limits.quiet is not None and limits.sigma != LARGEST:
+    if limits.quiet is not None and limits.sigma != EVERYTHING:
         x, _ = plane.place(limits.quiet, plane.low)
         taken.append((x - 1, 0, x + 1, _DEPTH))
     found: dict[_Side, Rows] = {}

@@ -17,7 +17,7 @@ from meerkat.reporting.figure import (
 from meerkat.reporting.stopping import Made, Stopping
 from meerkat.reporting.summary import Run
 from meerkat.server.selection import Decision, Verdict
-from meerkat.server.thresholds import LARGEST, Thresholds
+from meerkat.server.thresholds import EVERYTHING, LARGEST, Thresholds
 
 __all__ = ["early_stopping"]
 
@@ -66,7 +66,7 @@ def _rule(limits: Thresholds) -> str:
         )
     ]
     rule = f"A client beyond both thresholds is extreme: {', '.join(told)}"
-    if limits.sigma == LARGEST:
+    if limits.sigma == EVERYTHING:
         rule = f"A client beyond the threshold is extreme: {told[1]}, whatever ρ_quiet is"
     if limits.release is not None:
         rule += f"; one that was stopped before stays so while ρ_later > {measured(limits.release)}"
@@ -122,7 +122,7 @@ def _cells(run: Run, client: int, last: Decision, verdict: Verdict | None) -> li
         steps = safe(run.recipe.get("federation.local_steps", "?"))
         return [f"{client}", "not judged", steps, *[_NONE] * 5, labels]
     quiet, margin = verdict.rho_quiet, verdict.margin
-    if last.thresholds and last.thresholds.sigma == LARGEST and verdict.source == last.source:
+    if last.thresholds and last.thresholds.sigma == EVERYTHING and verdict.source == last.source:
         quiet = None  # it plays no part
     told = "kept"
     if verdict.flagged:

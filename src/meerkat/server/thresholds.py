@@ -17,7 +17,16 @@ from jaxtyping import Float64
 
 from meerkat.recipe import Selection
 
-__all__ = ["LARGEST", "PathEnds", "Signal", "Thresholds", "by_falls", "by_groups", "path_ends"]
+__all__ = [
+    "EVERYTHING",
+    "LARGEST",
+    "PathEnds",
+    "Signal",
+    "Thresholds",
+    "by_falls",
+    "by_groups",
+    "path_ends",
+]
 
 Signal: TypeAlias = Float64[np.ndarray, " T"]
 
@@ -27,6 +36,8 @@ _APART = 4.0
 """Standard deviations between two groups of clients; one Gaussian group cut in two has 2.65."""
 _TIMES = 2.5
 """How many times louder the loud group is at least."""
+EVERYTHING = 1e300
+"""A σ that every signal is below."""
 _SILENT = 30.0
 """Levels below the loudest one by this count as equally quiet, or silence would hide the rest."""
 _WIDTH = math.sqrt(math.pi / 2 - 1)
@@ -128,15 +139,16 @@ def by_falls(paths: Sequence[PathEnds], stopped: Collection[int]) -> Thresholds:
     """Thresholds of a repeated selection, against the clients that are not stopped.
 
     A client is caught if its ρ_later lies `_APART` standard deviations above the median of those,
-    and released once it is not above that median. Between the two it stays what it is: one path is
-    weak evidence. ρ_quiet plays no part, so every client is beyond it.
+    and released once it is not above that median. Between the two, and where there are no others
+    to compare with, it stays what it is: one path is weak evidence. ρ_quiet plays no part, so
+    every client is beyond it.
     """
     free = sorted(ends.rho_later for ends in paths if ends.client not in stopped)
     if not free:
-        return Thresholds(None, None, None)
-    median = free[len(free) // 2]
+        return Thresholds(None, 0.0, EVERYTHING, 0.0)
+    median = free[(len(free) - 1) // 2]
     deviation = _WIDTH * math.sqrt(2 / min(len(ends.tail) for ends in paths))
-    return Thresholds(median * math.exp(_APART * deviation), 0.0, LARGEST, median)
+    return Thresholds(median * math.exp(_APART * deviation), 0.0, EVERYTHING, median)
 
 
 def _mean(values: Signal) -> float:
