@@ -7,6 +7,10 @@ a run that is there is not made again. Two processes may share the work:
     python experiments/arms.py runs/arms --shard 1/2
     python experiments/arms.py runs/arms --table
 
+The table is followed by what the journals of the runs without stopping say of the reasons: who
+holds what, whether the extreme clients pull the way that the others go, and how far a client's
+path ends from the mean one, by the length of the mean one.
+
 The calibration depends on neither T nor what follows, so Meerkat-vp calibrates in the runs of
 T = 10 alone. Where it stops the clients that the oracle stops, the two runs are the same bit for
 bit (`tests/test_early_stopping.py`), and one of them stands for both.
@@ -17,11 +21,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
 import meerkat
+from meerkat.journal import Journal
+from meerkat.recipe import parse_recipe
+from meerkat.server.selection import decide_by_paths
+from meerkat.trajectories import round_signals
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
 TRUTH = [5, 6, 7]
@@ -97,6 +106,58 @@ def table(out: Path) -> None:
         print(f"| {steps} | {rate:g} | {arm} | {len(values)} | {cells} |")
 
 
+def reasons(out: Path) -> None:
+    """From the scalars alone: ‖θ_k - θ_l‖² is about η² n Σ (g_k - g_l)², since z is shared."""
+    print(
+        "\n| T | seed | η | rotten share of the five | correlation of the three's mean g with the "
+        "five's | drift² / step² of the five | of the three |\n|---|---|---|---|---|---|---|"
+    )
+    for run in plan():
+        arm, steps, seed, rate = run
+        path = folder(out, run) / "journal.sqlite"
+        if arm != "none" or not Journal.exists(path):
+            continue
+        with closing(Journal.open(path)) as journal:
+            scalars = np.array([[r.scalars for r in rec.reports] for rec, _ in journal.records()])
+            labels = np.array(journal.header.label_counts)
+        five, three = scalars[:, :5].mean(axis=1), scalars[:, 5:].mean(axis=1)
+        mean = scalars.mean(axis=1, keepdims=True)
+        step = (mean**2).sum(axis=2).mean()
+        drift = ((scalars - mean) ** 2).sum(axis=2).mean(axis=0) / step
+        share = labels[:5, 0].sum() / labels[:5].sum()
+        together = np.corrcoef(five.ravel(), three.ravel())[0, 1]
+        print(
+            f"| {steps} | {seed} | {rate:g} | {share:.2f} | {together:+.2f} | "
+            f"{drift[:5].mean():.1f} | {drift[5:].mean():.1f} |"
+        )
+
+
+def repeated(out: Path) -> None:
+    """What a repeated selection at the end of the runs without stopping would decide."""
+    print(
+        "\n| T | seed | η | steps | ρ_later of the five | of the three | caught above | caught | "
+        "released below | would stay stopped |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
+    for run in plan():
+        arm, steps, seed, rate = run
+        path = folder(out, run) / "journal.sqlite"
+        if arm != "none" or not Journal.exists(path):
+            continue
+        with closing(Journal.open(path)) as journal:
+            content, rounds = json.loads(journal.header.recipe), journal.rounds
+            content["selection"] |= {"kind": "gradip", "every": rounds}
+            recipe = parse_recipe(content)
+            signals = round_signals(journal, recipe, None, rounds)
+        free = decide_by_paths(recipe, rounds, "rounds", signals)
+        held = decide_by_paths(recipe, rounds, "rounds", signals, TRUTH)
+        falls = [f"{verdict.rho_later:.2f}" for verdict in free.verdicts]
+        print(
+            f"| {steps} | {seed} | {rate:g} | {len(signals[0])} | {', '.join(falls[:5])} | "
+            f"{', '.join(falls[5:])} | {free.thresholds.later:.2f} | {list(free.flagged)} | "
+            f"{held.thresholds.release:.2f} | {list(held.flagged)} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -105,6 +166,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.table:
         table(options.out)
+        reasons(options.out)
+        repeated(options.out)
         return
     shard, shards = map(int, options.shard.split("/"))
     for number, run in enumerate(plan()):

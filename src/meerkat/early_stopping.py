@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from meerkat.descent import Theta, digest
 from meerkat.engines import Engine
 from meerkat.errors import DivergedError, ProtocolError, RecipeError
 from meerkat.journal import Journal
-from meerkat.mask import Mask
 from meerkat.noise import permutation
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe
@@ -27,6 +27,9 @@ from meerkat.server.selection import (
 )
 from meerkat.server.state import ServerState
 from meerkat.trajectories import calibration_signals, round_signals
+
+if TYPE_CHECKING:  # a server process needs no torch
+    from meerkat.mask import Mask
 
 __all__ = ["EarlyStopping", "check_signal"]
 
