@@ -26,7 +26,7 @@ from meerkat.server.selection import (
     merged,
 )
 from meerkat.server.state import ServerState
-from meerkat.trajectories import calibration_signals, round_signals
+from meerkat.trajectories import calibration_reports, calibration_signals, round_signals
 
 if TYPE_CHECKING:  # a server process needs no torch
     from meerkat.mask import Mask
@@ -70,6 +70,7 @@ class EarlyStopping:
         decisions = journal.decisions()
         self._decision = decisions[-1] if decisions else None
         self._applied: Decision | None = None
+        self._known: set[int] | None = None
 
     def before_round(self, state: ServerState, engine: Engine, progress: Progress) -> ServerState:
         """The state with the T_k that hold from now on; calibrates clients that are new.
@@ -119,13 +120,14 @@ class EarlyStopping:
             if len({report.client for report in outcome.reports}) < len(outcome.reports):
                 raise ProtocolError("calibration: a client reported twice")
             journal.append_calibrations(outcome.reports)
+            self._known = self._calibrated() | {report.client for report in outcome.reports}
 
     def _calibrated(self) -> set[int]:
-        clients = self._journal.calibrated()
-        if self._recipe.is_founding(0) and self._journal.rounds:
-            record, _ = next(self._journal.records())
-            clients |= {report.client for report in record.reports}
-        return clients
+        """Clients with a calibration; asked for in every round, so read from the journal once."""
+        if self._known is None:
+            reports = calibration_reports(self._journal, self._recipe)
+            self._known = {report.client for report in reports}
+        return self._known
 
     def _decide(self, round: int) -> None:
         """Judge by the calibrations when there are new ones, and by rounds when it is time."""
