@@ -101,9 +101,13 @@ def table(out: Path) -> None:
         rows[steps, rate, arm].append((summary["accuracy_after"], summary["loss_after"]))
     print("\n| T | η | arm | seeds | accuracy | loss |\n|---|---|---|---|---|---|")
     for (steps, rate, arm), values in sorted(rows.items()):
-        mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=min(1, len(values) - 1))
-        cells = " | ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(mean, spread, strict=True))
+        cells = " | ".join(map(_spread, zip(*values, strict=True)))
         print(f"| {steps} | {rate:g} | {arm} | {len(values)} | {cells} |")
+
+
+def _spread(values: tuple[float, ...]) -> str:
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
 def reasons(out: Path) -> None:

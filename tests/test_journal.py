@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,25 @@ def test_round_trip(tmp_path: Path) -> None:
     assert list(again.records()) == written
     assert again.evaluations()[0].accuracy == 0.5
     assert again.theta0.tobytes() == np.linspace(-1, 1, N, dtype=np.float32).tobytes()
+
+
+def test_a_run_that_is_under_way_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round is written while another process checks the rounds before it."""
+    path = tmp_path / "j.sqlite"
+    writer = fill(path, 4)
+    (record, metrics) = list(writer.records())[-1]
+    original, late = Journal._count, [replace(record, round=4)]
+
+    def count(self: Journal, table: str) -> int:
+        while table == "rounds" and late:
+            writer.append_round(late.pop(), metrics)
+        return original(self, table)
+
+    monkeypatch.setattr(Journal, "_count", count)
+    assert Journal.open(path).rounds == 5
+    assert not late
 
 
 def test_goes_on_after_reopening(tmp_path: Path) -> None:

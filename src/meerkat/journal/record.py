@@ -222,6 +222,7 @@ class Journal(Store):
     def _verify(self) -> int | None:
         """None if all is well, else how many rounds are good; leaves the chain at its end."""
         try:
+            self._connection.execute("BEGIN")  # one moment of a run that may be under way
             self._chain = self._header_digest()
             good = sum(1 for _ in self._good_rounds())
             broken = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
@@ -230,6 +231,9 @@ class Journal(Store):
             return good if broken or not whole or good != self.rounds else None
         except (sqlite3.DatabaseError, ValueError, KeyError, TypeError):
             return 0
+        finally:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
 
     def _readable_evaluations(self) -> list[Evaluated]:
         try:
