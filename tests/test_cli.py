@@ -155,7 +155,8 @@ def test_a_run_that_stops_clients_early(tiny_recipe_data: dict, tmp_path: Path) 
 
     selection = json.loads((out / "selection.json").read_text())
     assert selection["flagged"] == [0, 1, 2]
-    assert selection["decisions"][0]["thresholds"] == {"later": 0.0, "quiet": 0.0, "sigma": 1e9}
+    thresholds = {"later": 0.0, "quiet": 0.0, "sigma": 1e9, "release": None}
+    assert selection["decisions"][0]["thresholds"] == thresholds
     counts = meerkat_counts(out)
     for client in selection["clients"]:
         assert client["flagged"]
