@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -110,17 +111,21 @@ def _spread(values: tuple[float, ...]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
 
 
+def unstopped(out: Path) -> Iterator[tuple[Run, Path]]:
+    """The journals of the runs in which nobody was stopped."""
+    for run in plan():
+        path = folder(out, run) / "journal.sqlite"
+        if run[0] == "none" and Journal.exists(path):
+            yield run, path
+
+
 def reasons(out: Path) -> None:
     """From the scalars alone: ‖θ_k - θ_l‖² is about η² n Σ (g_k - g_l)², since z is shared."""
     print(
         "\n| T | seed | η | rotten share of the five | correlation of the three's mean g with the "
         "five's | drift² / step² of the five | of the three |\n|---|---|---|---|---|---|---|"
     )
-    for run in plan():
-        arm, steps, seed, rate = run
-        path = folder(out, run) / "journal.sqlite"
-        if arm != "none" or not Journal.exists(path):
-            continue
+    for (_, steps, seed, rate), path in unstopped(out):
         with closing(Journal.open(path)) as journal:
             scalars = np.array([[r.scalars for r in rec.reports] for rec, _ in journal.records()])
             labels = np.array(journal.header.label_counts)
@@ -142,11 +147,7 @@ def repeated(out: Path) -> None:
         "\n| T | seed | η | steps | ρ_later of the five | of the three | caught above | caught | "
         "released below | would stay stopped |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    for run in plan():
-        arm, steps, seed, rate = run
-        path = folder(out, run) / "journal.sqlite"
-        if arm != "none" or not Journal.exists(path):
-            continue
+    for (_, steps, seed, rate), path in unstopped(out):
         with closing(Journal.open(path)) as journal:
             content, rounds = json.loads(journal.header.recipe), journal.rounds
             content["selection"] |= {"kind": "gradip", "every": rounds}
