@@ -14,7 +14,8 @@ from conftest import ARCHITECTURES, WORDS, tiny_model, tiny_tokenizer
 from meerkat.calibration import calibrate_scores, gradient_at, tiers
 from meerkat.data.corpus import calibration_batches, corpus_texts, sequences
 from meerkat.errors import DataError
-from meerkat.mask import Mask, eligible_parameters, top_mask
+from meerkat.mask.file import Mask
+from meerkat.mask.making import eligible_parameters, top_mask
 from meerkat.models import LoadedModel
 from meerkat.recipe import MaskSection
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 import meerkat
 from meerkat.cli import app
 from meerkat.journal import Journal
-from meerkat.mask import load_mask
+from meerkat.mask.file import load_mask
 from meerkat.noise import SHARED
 
 Invoke = Callable[..., Result]
@@ -369,7 +369,7 @@ def test_journal_of_another_recipe(recipe_file: Path, tmp_path: Path) -> None:
     edited["optimizer"]["learning_rate"] = 0.5
     (out / "recipe.json").write_text(json.dumps(edited))
     for command in ("resume", "replay", "report"):
-        refused(invoke(command, out), "not the recipe of this journal", "only [runtime] may change")
+        refused(invoke(command, out), "not the recipe of this journal", "[network] may change")
 
 
 def test_runtime_may_change(recipe_file: Path, tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 import meerkat
-from meerkat import assembly, runs
+from meerkat import assembly
+from meerkat import directory as directory_room
 from meerkat.client import Client
 from meerkat.data.pointer import batch_indices
 from meerkat.descent import digest
-from meerkat.engines import Outcome
+from meerkat.engines import Assignment, Outcome
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import DivergedError, JournalError, ProtocolError, RecipeError
 from meerkat.journal import Journal
@@ -51,7 +52,7 @@ def loaded_once(section: Any, runtime: Any) -> LoadedModel:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is loaded once, and nobody looks at the reports."""
     monkeypatch.setattr(assembly, "load_model", loaded_once)
-    monkeypatch.setattr(runs, "write_report", lambda directory, journal: None)
+    monkeypatch.setattr(directory_room, "write_report", lambda directory, journal: None)
 
 
 def slope(space: Any, objective: Any, theta: Any, z: Any, epsilon: float, batch: Any) -> Probe:
@@ -104,11 +105,12 @@ def is_calibration(plans: Mapping[int, RoundPlan]) -> bool:
 def wire(monkeypatch: pytest.MonkeyPatch) -> Wire:
     wire, run, present = Wire(), LocalEngine.run, LocalEngine.present
 
-    def watched(self: LocalEngine, plans: Mapping[int, RoundPlan]) -> Outcome:
+    def watched(self: LocalEngine, assignment: Assignment) -> Outcome:
+        plans = assignment.plans
         wire.calls += 1
         if wire.calls == wire.cut_at:
             raise KeyboardInterrupt
-        outcome = run(self, plans)
+        outcome = run(self, assignment)
         wire.plans.append(dict(plans))
         if not is_calibration(plans):
             wire.round = next(iter(plans.values())).round + 1
@@ -371,7 +373,7 @@ def test_verdicts_follow_from_the_reports(
     assert summary["theta_digest"] == meerkat.replay(tmp_path / "run").digest
     assert meerkat.resume(tmp_path / "run")["theta_digest"] == summary["theta_digest"]
     with journal_of(tmp_path / "run") as journal:
-        p = runs.mask_of(tmp_path / "run", journal.header).gradient
+        p = directory_room.mask_of(tmp_path / "run", journal.header).gradient
         reports = list(journal.calibrations())
         (decision,) = journal.decisions()
         directions = journal.header.directions

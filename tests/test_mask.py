@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from conftest import ARCHITECTURES, tiny_model
 from meerkat.errors import MaskError
-from meerkat.mask import (
-    Mask,
+from meerkat.mask.file import Mask, load_mask, save_mask
+from meerkat.mask.making import (
     eligible_parameters,
     full_mask,
-    load_mask,
     magnitude_scores,
     mask_size,
     random_mask,
-    save_mask,
     top_mask,
     union,
 )

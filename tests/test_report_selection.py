@@ -14,7 +14,7 @@ import pytest
 
 from meerkat.descent import digest
 from meerkat.journal import Journal
-from meerkat.mask import Mask, save_mask
+from meerkat.mask.file import Mask, save_mask
 from meerkat.protocol import CALIBRATION, ClientReport, LogEntry
 from meerkat.recipe import Recipe, parse_recipe
 from meerkat.records import Evaluated, Header, RoundMetrics

@@ -17,7 +17,7 @@ from meerkat.client import Client, Worker
 from meerkat.data.encoding import Encoded
 from meerkat.descent import descend, digest, follow
 from meerkat.errors import ProtocolError
-from meerkat.mask import eligible_parameters, random_mask
+from meerkat.mask.making import eligible_parameters, random_mask
 from meerkat.noise import SHARED, Directions, NoiseKey, draw
 from meerkat.objective import Objective
 from meerkat.protocol import DIGEST_BYTES, ClientReport, LogEntry, RoundPlan

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from conftest import ARCHITECTURES, tiny_model
 from meerkat.errors import MaskError
-from meerkat.mask import Mask, eligible_parameters, full_mask, random_mask
+from meerkat.mask.file import Mask
+from meerkat.mask.making import eligible_parameters, full_mask, random_mask
 from meerkat.models import LoadedModel
 from meerkat.recipe import MaskSection
 from meerkat.space import MaskedSpace

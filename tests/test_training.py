@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import meerkat
-from meerkat import runs
+from meerkat import directory
 from meerkat.descent import digest
 from meerkat.engines.local import LocalEngine
 from meerkat.errors import DivergedError
@@ -195,7 +195,7 @@ def test_divergence_stops_the_run_and_keeps_the_journal(
             federation={"rounds": 30},
             optimizer={"learning_rate": 1e30},
         )
-    with closing(runs.open_journal(tmp_path / "run")) as journal:
+    with closing(directory.open_journal(tmp_path / "run")) as journal:
         assert journal.rounds < 30
         replay(journal)
 

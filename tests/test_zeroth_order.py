@@ -14,7 +14,8 @@ from meerkat.client import Client, Worker
 from meerkat.data.encoding import Encoded
 from meerkat.descent import digest
 from meerkat.errors import DivergedError, ProtocolError
-from meerkat.mask import Mask, eligible_parameters, mask_size, random_mask
+from meerkat.mask.file import Mask
+from meerkat.mask.making import eligible_parameters, mask_size, random_mask
 from meerkat.models import LoadedModel
 from meerkat.noise import Directions, NoiseKey, draw
 from meerkat.objective import Objective

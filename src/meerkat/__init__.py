@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         report,
         resume,
         run,
+        split,
     )
     from meerkat.benchmarks import bench
     from meerkat.errors import MeerkatError
@@ -45,6 +46,7 @@ __all__ = [
     "report",
     "resume",
     "run",
+    "split",
 ]
 
 _ROOMS = {

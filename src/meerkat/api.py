@@ -13,13 +13,15 @@ from typing import Any
 
 from meerkat import runs
 from meerkat.assembly import Calibrated, assemble
+from meerkat.data.holdings import write_folders
 from meerkat.data.sources import Split
 from meerkat.descent import Theta
-from meerkat.errors import MaskError, RunError
+from meerkat.directory import finished, journal_path, mask_of, mask_path, open_journal, recipe_of
+from meerkat.errors import MaskError, RecipeError, RunError
 from meerkat.evaluation import evaluate_objective
 from meerkat.exporting import save_delta, save_merged
 from meerkat.journal import replay as replay_journal
-from meerkat.mask import save_mask
+from meerkat.mask.file import save_mask
 from meerkat.models import load_model
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe, load_recipe, parse_recipe
@@ -46,6 +48,7 @@ __all__ = [
     "report",
     "resume",
     "run",
+    "split",
 ]
 
 Source = str | Path | Recipe
@@ -108,6 +111,8 @@ def run(
     """
     parsed = _recipe(recipe, overrides)
     directory = Path(out) if out else default_out(recipe, parsed)
+    if parsed.runtime.engine == "flower":
+        return _simulate(parsed, directory, progress, new=True)
     return runs.begin(parsed, directory, progress or Progress())
 
 
@@ -128,7 +133,12 @@ def resume(
     Raises:
         MeerkatError: There is no run, or it cannot go on.
     """
-    return runs.go_on(Path(directory), progress or Progress(), recover)
+    directory = Path(directory)
+    recipe = recipe_of(directory)
+    if recipe.runtime.engine == "flower":
+        summary = finished(directory, recipe, recover)
+        return summary or _simulate(recipe, directory, progress, new=False)
+    return runs.go_on(directory, progress or Progress(), recover)
 
 
 def replay(directory: str | Path, rounds: int | None = None) -> Replayed:
@@ -137,7 +147,7 @@ def replay(directory: str | Path, rounds: int | None = None) -> Replayed:
     Raises:
         MeerkatError: There is no such run or round, or θ is not what the run recorded.
     """
-    with closing(runs.open_journal(Path(directory))) as journal:
+    with closing(open_journal(Path(directory))) as journal:
         theta, digest = replay_journal(journal, rounds)
         return Replayed(journal.rounds if rounds is None else rounds, theta, digest)
 
@@ -164,24 +174,24 @@ def evaluate(
         MeerkatError: The target, the recipe or the split is not usable.
     """
     directory = Path(target)
-    is_run = runs.journal_path(directory).exists()
+    is_run = journal_path(directory).exists()
     if split not in ("test", "train"):
         raise RunError(f"--split {split!r}: it is test or train")
     if is_run and recipe is None:
-        parsed = _recipe(runs.recipe_of(directory), overrides)
+        parsed = _recipe(recipe_of(directory), overrides)
     elif recipe is not None:
         parsed = _recipe(recipe, overrides)
     else:
         raise RunError(f"{target} is no run directory; to evaluate a model give --recipe as well")
     changes = [f"evaluation.examples={examples}"] if examples is not None else []
     if is_run:  # the run's own mask, however it was found
-        changes.append(f"mask.file={json.dumps(str(runs.mask_path(directory)))}")
+        changes.append(f"mask.file={json.dumps(str(mask_path(directory)))}")
     else:
         changes.append(f"model.name={json.dumps(str(target))}")
     assembly = assemble(parse_recipe(parsed.model_dump(mode="json"), changes), progress)
     if is_run:
-        with closing(runs.open_journal(directory)) as journal:
-            runs.mask_of(directory, journal.header)
+        with closing(open_journal(directory)) as journal:
+            mask_of(directory, journal.header)
             theta, _ = replay_journal(journal, rounds)
         assembly.worker().space.write(theta)
     if split == "train":
@@ -203,14 +213,14 @@ def export(
         MeerkatError: There is no such run, its base model changed, or `to` exists.
     """
     directory, to = Path(directory), Path(to)
-    with closing(runs.open_journal(directory)) as journal:
+    with closing(open_journal(directory)) as journal:
         header = journal.header
         theta, _ = replay_journal(journal, rounds)
-    mask = runs.mask_of(directory, header)
+    mask = mask_of(directory, header)
     if delta:
         save_delta(mask, theta, to)
         return to
-    recipe = runs.recipe_of(directory)
+    recipe = recipe_of(directory)
     loaded = load_model(recipe.model, recipe.runtime)
     if loaded.fingerprint != header.model:
         raise RunError(
@@ -237,12 +247,12 @@ def gradip(
         MeerkatError: There is no such run, its mask has no gradient, or the file exists.
     """
     directory = Path(directory)
-    with closing(runs.open_journal(directory)) as journal:
-        recipe, header = runs.recipe_of(directory), journal.header
-        gradient = runs.mask_of(directory, header).gradient
+    with closing(open_journal(directory)) as journal:
+        recipe, header = recipe_of(directory), journal.header
+        gradient = mask_of(directory, header).gradient
         if gradient is None:
             raise MaskError(
-                f"{runs.mask_path(directory)}: a {header.mask_kind} mask keeps no pre-training "
+                f"{mask_path(directory)}: a {header.mask_kind} mask keeps no pre-training "
                 "gradient, which GradIP needs; set mask.kind = 'sensitivity' in a new run"
             )
         compass = Compass(gradient, header.directions)
@@ -266,8 +276,29 @@ def report(directory: str | Path) -> Path:
     Raises:
         MeerkatError: There is no such run.
     """
-    with closing(runs.open_journal(Path(directory))) as journal:
+    with closing(open_journal(Path(directory))) as journal:
         return write_report(Path(directory), journal)
+
+
+def split(recipe: Source, to: str | Path, overrides: Sequence[str] = ()) -> list[Path]:
+    """Write what each client of a recipe holds as a folder of its own, to try a deployment with.
+
+    Raises:
+        MeerkatError: The data cannot be split like this, or `to` is not an empty folder.
+    """
+    return write_folders(_recipe(recipe, overrides), Path(to))
+
+
+def _simulate(
+    recipe: Recipe, directory: Path, progress: Progress | None, new: bool
+) -> dict[str, Any]:
+    try:
+        from meerkat.flower.simulation import simulate
+    except ImportError:
+        raise RecipeError(
+            "runtime.engine = 'flower' needs the flower extra: pip install 'meerkat-fl[flower]'"
+        ) from None
+    return simulate(recipe, directory, progress or Progress(), new)
 
 
 def _recipe(source: Source, overrides: Sequence[str]) -> Recipe:

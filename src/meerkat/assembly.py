@@ -14,22 +14,19 @@ from typing import overload
 
 import torch
 
-from meerkat import noise
 from meerkat.calibration import Calibration, calibrate_scores, gradient_at, tiers
 from meerkat.client import Client, Worker
 from meerkat.data.corpus import calibration_batches, sequences
 from meerkat.data.encoding import Encoded, Encoder
-from meerkat.data.partition import label_counts, partition
-from meerkat.data.sources import Split, load_examples
+from meerkat.data.holdings import deal, holdings
+from meerkat.data.sources import Split, load_folder
 from meerkat.errors import MaskError
-from meerkat.mask import (
-    Mask,
+from meerkat.mask.file import Mask, load_mask, save_mask
+from meerkat.mask.making import (
     eligible_parameters,
     full_mask,
-    load_mask,
     magnitude_scores,
     random_mask,
-    save_mask,
     top_mask,
     union,
 )
@@ -38,7 +35,7 @@ from meerkat.noise import Directions
 from meerkat.objective import Objective
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe
-from meerkat.records import Header
+from meerkat.records import Header, directions_of, header_of
 from meerkat.space import MaskedSpace
 from meerkat.tasks import Example, Task, resolve_task
 
@@ -102,14 +99,13 @@ class Assembly:
 
     @cached_property
     def directions(self) -> Directions:
-        section = self.recipe.noise
-        shared = section.directions == "shared"
-        size = self.calibrated.mask.size
-        return Directions(self.recipe.seed, size, section.kind, shared, section.perturbations)
+        return directions_of(self.recipe, self.calibrated.mask)
 
     @cached_property
     def calibrated(self) -> Calibrated:
-        return find_mask(self.recipe, self.loaded, self._client_texts, self.progress)
+        found = find_mask(self.recipe, self.loaded, self._client_texts, self.progress)
+        initial = MaskedSpace(self.loaded.model, found.mask).read()
+        return replace(found, mask=replace(found.mask, initial=initial))
 
     @cached_property
     def objective(self) -> Objective:
@@ -138,26 +134,9 @@ class Assembly:
 
     def header(self) -> Header:
         """What the journal of this run starts with."""
-        mask, directions = self.calibrated.mask, self.directions
+        counts, digest = holdings(self.task, self.split, self.parts)
         labels = self.task.verbalizers
-        return Header(
-            recipe=self.recipe.to_json(),
-            fingerprint=self.recipe.fingerprint,
-            model=self.loaded.fingerprint,
-            mask=mask.digest,
-            mask_kind=mask.kind,
-            mask_size=mask.size,
-            eligible=mask.eligible,
-            mask_parts={n: len(i) for n, i in zip(mask.names, mask.indices, strict=True)},
-            noise=noise.fingerprint(),
-            seed=directions.seed,
-            kind=directions.kind,
-            shared=directions.shared,
-            perturbations=directions.perturbations,
-            labels=list(labels),
-            label_counts=label_counts(self.split.train, self.parts, max(1, len(labels))),
-            partition=hashlib.sha256(json.dumps(self.parts).encode()).hexdigest(),
-        )
+        return header_of(self.recipe, self.calibrated.mask, tuple(labels), counts, digest)
 
     def _client_texts(self) -> list[list[str]]:
         """Each client's own examples as text, for the union mask."""
@@ -167,8 +146,13 @@ class Assembly:
         ]
 
 
-def assemble(recipe: Recipe, progress: Progress | None = None) -> Assembly:
+def assemble(
+    recipe: Recipe, progress: Progress | None = None, data: Path | None = None
+) -> Assembly:
     """Load data and model; the mask is found when it is first asked for.
+
+    Args:
+        data: The folder of the one client that is here, instead of what the recipe names.
 
     Raises:
         MeerkatError: Something that the recipe names is missing or does not fit.
@@ -178,8 +162,11 @@ def assemble(recipe: Recipe, progress: Progress | None = None) -> Assembly:
         torch.set_num_threads(recipe.runtime.threads)
     # Data first: what is wrong with them shows in seconds, a model may take a minute.
     task = resolve_task(recipe.task)
-    split = load_examples(task, recipe.task)
-    parts = partition(split.train, recipe.federation, recipe.seed)
+    if data is None:
+        split, parts = deal(recipe, task)
+    else:
+        split = load_folder(task, data)
+        parts = (tuple(range(len(split.train))),)
     progress.start("Loading the model", 1)
     loaded = load_model(recipe.model, recipe.runtime)
     assembly = Assembly(recipe, loaded, task, split, parts, progress)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor, nn
 
-from meerkat.mask import Mask
+from meerkat.mask.file import Mask
 from meerkat.recipe import MaskSection
 
 __all__ = ["Calibration", "calibrate_scores", "gradient_at", "tiers"]

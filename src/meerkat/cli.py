@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from meerkat.errors import MeerkatError
-from meerkat.terminal import Bar, gradip_table, mask_table, quiet_libraries
+from meerkat.tables import figures_table, gradip_table, mask_table, summary_table
+from meerkat.terminal import Bar, quiet_libraries
 
 __all__ = ["app", "main"]
 
@@ -53,6 +53,13 @@ class BenchKind(StrEnum):
     step = "step"
     server = "server"
     noise = "noise"
+
+
+class EngineKind(StrEnum):
+    """Who runs the clients."""
+
+    local = "local"
+    flower = "flower"
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -101,15 +108,20 @@ def run(
         typer.Option(help="The run's directory; by default under runs/.", metavar="DIR"),
     ] = None,
     overrides: Overrides = None,
+    engine: Annotated[
+        EngineKind | None,
+        typer.Option(help="Who runs the clients: this process, or Flower's simulation."),
+    ] = None,
 ) -> None:
     """Fine-tune as the recipe says; write journal, summary and report to a directory."""
     from meerkat import api
     from meerkat.recipe import load_recipe
 
-    directory = out or api.default_out(recipe, load_recipe(recipe, overrides or ()))
+    changes = [*(overrides or ()), *([f"runtime.engine={engine.value}"] if engine else [])]
+    directory = out or api.default_out(recipe, load_recipe(recipe, changes))
     with Bar() as progress:
-        summary = api.run(recipe, directory, overrides or (), progress)
-    _print_summary(summary, directory)
+        summary = api.run(recipe, directory, changes, progress)
+    console.print(summary_table(summary, directory))
 
 
 @_command
@@ -125,7 +137,20 @@ def resume(
 
     with Bar() as progress:
         summary = api.resume(directory, recover, progress)
-    _print_summary(summary, directory)
+    console.print(summary_table(summary, directory))
+
+
+@_command
+def split(
+    recipe: RecipeArgument,
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write what each client holds as a folder of its own, to try a deployment with."""
+    from meerkat import api
+
+    for folder in api.split(recipe, to, overrides or ()):
+        console.print(f"wrote {folder}")
 
 
 @_command
@@ -254,31 +279,11 @@ def bench(
     _print_figures(measure(kind.value, **options), as_json)
 
 
-def _print_summary(summary: dict[str, Any], directory: Path) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key in ("accuracy", "loss"):
-        before, after = summary[f"{key}_before"], summary[f"{key}_after"]
-        if before is not None and after is not None:
-            table.add_row(key, f"{before:.3f} → {after:.3f}")
-    up, down = summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"]
-    table.add_row("bytes a client and round", f"{up:.0f} up, {down:.0f} down")
-    table.add_row("parameters that moved", f"{summary['mask_size']:,}")
-    if summary["stopped_early"]:
-        stopped = ", ".join(map(str, summary["stopped_early"]))
-        table.add_row("stopped early", stopped if len(stopped) <= 60 else f"{stopped[:60]} …")
-    table.add_row("θ digest", summary["theta_digest"][:16])
-    table.add_row("report", str(directory / "report.html"))
-    console.print(table)
-
-
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures, indent=2))
-        return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
+    else:
+        console.print(figures_table(figures))
 
 
 def main() -> None:

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from meerkat.descent import Theta, digest
-from meerkat.engines import Engine
+from meerkat.engines import Assignment, Engine
 from meerkat.errors import DivergedError, ProtocolError, RecipeError
 from meerkat.journal import Journal
 from meerkat.noise import permutation
 from meerkat.progress import Progress
 from meerkat.recipe import Recipe
-from meerkat.rounds import check_report, plan_calibration
+from meerkat.rounds import plan_calibration
 from meerkat.server.selection import (
     Decision,
     Verdict,
@@ -25,11 +25,11 @@ from meerkat.server.selection import (
     decide_without_paths,
     merged,
 )
-from meerkat.server.state import ServerState
+from meerkat.server.state import Log, ServerState
 from meerkat.trajectories import calibration_reports, calibration_signals, round_signals
 
 if TYPE_CHECKING:  # a server process needs no torch
-    from meerkat.mask import Mask
+    from meerkat.mask.file import Mask
 
 __all__ = ["EarlyStopping", "check_signal"]
 
@@ -72,7 +72,9 @@ class EarlyStopping:
         self._applied: Decision | None = None
         self._known: set[int] | None = None
 
-    def before_round(self, state: ServerState, engine: Engine, progress: Progress) -> ServerState:
+    def before_round(
+        self, state: ServerState, log: Log, engine: Engine, progress: Progress
+    ) -> ServerState:
         """The state with the T_k that hold from now on; calibrates clients that are new.
 
         Raises:
@@ -84,7 +86,7 @@ class EarlyStopping:
         match chosen.kind:
             case "gradip":
                 if not recipe.is_founding(state.round):
-                    self._calibrate(engine, progress)
+                    self._calibrate(state, log, engine, progress)
                     self._decide(state.round)
             case "random" | "list" if self._decision is None:
                 stopped: tuple[int, ...] = chosen.clients
@@ -101,7 +103,7 @@ class EarlyStopping:
         steps.setflags(write=False)
         return replace(state, local_steps=steps)
 
-    def _calibrate(self, engine: Engine, progress: Progress) -> None:
+    def _calibrate(self, state: ServerState, log: Log, engine: Engine, progress: Progress) -> None:
         """Have the clients that are new take T_cali steps, as many at a time as a round has."""
         recipe, journal = self._recipe, self._journal
         fresh = sorted(set(engine.present()) - self._calibrated())
@@ -111,12 +113,13 @@ class EarlyStopping:
         progress.start("Calibrating the clients", len(fresh))
         for begin in range(0, len(fresh), recipe.clients_per_round):
             plans = dict.fromkeys(fresh[begin : begin + recipe.clients_per_round], plan)
+            asked = Assignment(plans, start, journal.header.directions, log, state.theta)
             try:
-                outcome = engine.run(plans)
+                outcome = engine.run(asked)
             except DivergedError as error:
                 raise DivergedError(f"calibration: {error}") from None
             for report in outcome.reports:
-                check_report(report, plans.get(report.client), start, journal.header.directions)
+                asked.judge(report)
             if len({report.client for report in outcome.reports}) < len(outcome.reports):
                 raise ProtocolError("calibration: a client reported twice")
             journal.append_calibrations(outcome.reports)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from meerkat.data.encoding import Encoded
@@ -14,7 +14,7 @@ from meerkat.objective import Objective
 from meerkat.progress import Progress
 from meerkat.records import Evaluated
 
-__all__ = ["evaluate_objective", "macro_f1"]
+__all__ = ["evaluate_objective", "evaluation_sums", "macro_f1"]
 
 
 def evaluate_objective(
@@ -25,8 +25,38 @@ def evaluate_objective(
     progress: Progress | None = None,
 ) -> Evaluated:
     """Accuracy, macro-F1 and mean loss at the weights as they are; for free text the loss alone."""
-    progress = progress or Progress()
     started = time.monotonic()
+    losses, guesses, labels, classes = _predict(objective, examples, batch_size, progress)
+    return Evaluated(
+        round=round,
+        accuracy=float((guesses == labels).double().mean()) if classes > 1 else None,
+        macro_f1=macro_f1(guesses, labels, classes) if classes > 1 else None,
+        loss=float(losses.double().mean()),
+        examples=len(examples),
+        seconds=time.monotonic() - started,
+    )
+
+
+def evaluation_sums(
+    objective: Objective, examples: Sequence[Encoded], batch_size: int
+) -> tuple[float, tuple[tuple[int, ...], ...]]:
+    """Summed loss and [label][prediction] counts, which a client may send and a server add up."""
+    losses, guesses, labels, classes = _predict(objective, examples, batch_size)
+    if classes == 1:
+        return float(losses.double().sum()), ()
+    counts = torch.bincount(labels * classes + guesses, minlength=classes**2)
+    rows = counts.reshape(classes, classes).tolist()
+    return float(losses.double().sum()), tuple(map(tuple, rows))
+
+
+def _predict(
+    objective: Objective,
+    examples: Sequence[Encoded],
+    batch_size: int,
+    progress: Progress | None = None,
+) -> tuple[Float[Tensor, " N"], Int64[Tensor, " N"], Int64[Tensor, " N"], int]:
+    """Losses, predictions and labels of the examples, and how many classes there are."""
+    progress = progress or Progress()
     progress.start("Evaluating", -(-len(examples) // batch_size))
     losses, predicted = [], []
     for begin in range(0, len(examples), batch_size):
@@ -35,16 +65,7 @@ def evaluate_objective(
         predicted.append(best)
         progress.advance()
     labels = torch.tensor([example.label for example in examples])
-    guesses = torch.cat(predicted)
-    classes = len(examples[0].answers)
-    return Evaluated(
-        round=round,
-        accuracy=float((guesses == labels).double().mean()) if classes > 1 else None,
-        macro_f1=macro_f1(guesses, labels, classes) if classes > 1 else None,
-        loss=float(torch.cat(losses).double().mean()),
-        examples=len(examples),
-        seconds=time.monotonic() - started,
-    )
+    return torch.cat(losses), torch.cat(predicted).cpu(), labels, len(examples[0].answers)
 
 
 def macro_f1(predicted: Int64[Tensor, " N"], labels: Int64[Tensor, " N"], classes: int) -> float:

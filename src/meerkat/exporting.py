@@ -13,7 +13,7 @@ from torch import nn
 
 from meerkat.descent import Theta
 from meerkat.errors import MaskError, ModelError, RunError
-from meerkat.mask import Mask
+from meerkat.mask.file import Mask
 from meerkat.models import LoadedModel, fingerprint
 from meerkat.space import MaskedSpace
 

@@ -18,7 +18,9 @@ rounded to float32. The largest magnitude is 6.34.
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -44,6 +46,9 @@ SHARED = 2**32 - 1
 
 BLOCK = 8192
 """Values drawn at a time; small enough that the temporaries stay in the cache of a core."""
+
+_KEPT_BYTES = 64 * 2**20
+"""Most bytes of directions that are kept after they were drawn."""
 
 _WORDS_PER_COUNTER = 4
 _DOMAIN_NOISE, _DOMAIN_PERMUTATION = 0, 1
@@ -77,8 +82,12 @@ class Directions:
         return SHARED if self.shared else client
 
     def z(self, round: int, step: int, perturbation: int, owner: int) -> Float32[np.ndarray, " n"]:
-        """z(r, t) of method.md section 1, or z(r, t, k) of the owner k."""
-        return draw(NoiseKey(self.seed, round, step, perturbation, owner), self.n, self.kind)
+        """z(r, t) of method.md section 1, or z(r, t, k) of the owner k; read-only.
+
+        The same z is needed by each client of a process, by the server, and by who catches up, so
+        those that were drawn last are kept.
+        """
+        return _recent(NoiseKey(self.seed, round, step, perturbation, owner), self.n, self.kind)
 
 
 def draw(
@@ -115,6 +124,26 @@ def draw(
         else:
             halves = raw.astype("<u8").view("<u4")[:count]
             z[low : low + count] = _normal((halves + 0.5) * 2.0**-32)
+    return z
+
+
+_kept: OrderedDict[tuple[NoiseKey, int, Kind], Float32[np.ndarray, " n"]] = OrderedDict()
+_keeping = Lock()
+
+
+def _recent(key: NoiseKey, n: int, kind: Kind) -> Float32[np.ndarray, " n"]:
+    """`draw`, from what was drawn last if it is there."""
+    name = (key, n, kind)
+    with _keeping:
+        if name in _kept:
+            _kept.move_to_end(name)
+            return _kept[name]
+    z = draw(key, n, kind)
+    z.setflags(write=False)
+    with _keeping:
+        _kept[name] = z
+        while sum(each.nbytes for each in _kept.values()) > _KEPT_BYTES:
+            _kept.popitem(last=False)
     return z
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from meerkat import noise
+from meerkat.mask.file import Mask
 from meerkat.noise import Directions
+from meerkat.recipe import Recipe
 
-__all__ = ["Evaluated", "Header", "RoundMetrics"]
+__all__ = ["Evaluated", "Header", "RoundMetrics", "directions_of", "header_of"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,50 @@ class Header:
     perturbations: int
     labels: list[str]
     label_counts: list[list[int]]
-    """Examples of each label that each client holds."""
+    """Examples of each label that each client holds; empty where only the clients know."""
     partition: str
-    """Digest of which client holds which examples."""
+    """Digest of which client holds which examples; empty where only the clients know."""
 
     @property
     def directions(self) -> Directions:
         kind: Any = self.kind
         return Directions(self.seed, self.mask_size, kind, self.shared, self.perturbations)
+
+
+def directions_of(recipe: Recipe, mask: Mask) -> Directions:
+    """What all noise of a run is drawn from."""
+    section = recipe.noise
+    shared = section.directions == "shared"
+    return Directions(recipe.seed, mask.size, section.kind, shared, section.perturbations)
+
+
+def header_of(
+    recipe: Recipe,
+    mask: Mask,
+    labels: Sequence[str],
+    label_counts: list[list[int]],
+    partition: str,
+) -> Header:
+    """What the journal of a run starts with; the arguments are its fields."""
+    directions = directions_of(recipe, mask)
+    return Header(
+        recipe=recipe.to_json(),
+        fingerprint=recipe.fingerprint,
+        model=mask.model,
+        mask=mask.digest,
+        mask_kind=mask.kind,
+        mask_size=mask.size,
+        eligible=mask.eligible,
+        mask_parts={n: len(i) for n, i in zip(mask.names, mask.indices, strict=True)},
+        noise=noise.fingerprint(),
+        seed=directions.seed,
+        kind=directions.kind,
+        shared=directions.shared,
+        perturbations=directions.perturbations,
+        labels=list(labels),
+        label_counts=label_counts,
+        partition=partition,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meerkat.descent import Theta
 from meerkat.errors import MaskError
-from meerkat.mask import Mask
+from meerkat.mask.file import Mask
 
 __all__ = ["MaskedSpace"]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from meerkat.descent import Theta
 from meerkat.early_stopping import EarlyStopping
-from meerkat.engines import Engine
+from meerkat.engines import Assignment, Engine
 from meerkat.errors import DivergedError
 from meerkat.journal import Journal, replay
 from meerkat.progress import Progress
@@ -56,14 +57,16 @@ def train(
     while state.round < rounds:
         if _due(recipe, state.round):
             evaluate_once()
-        decided = stopping.before_round(state, engine, progress)
+        decided = stopping.before_round(state, log, engine, progress)
         if decided is not state:
             state = decided
             meter.start_rounds(state.round)
         started = time.monotonic()
         plans = plan_round(recipe, state, log, engine.present())
         try:
-            outcome = engine.run(plans)
+            outcome = engine.run(
+                Assignment(plans, state.theta_digest, directions, log, state.theta)
+            )
         except DivergedError as error:
             raise DivergedError(f"round {state.round}: {error}") from None
         state, record = close_round(recipe, state, directions, plans, outcome.reports, log)
@@ -122,4 +125,5 @@ class _Meter:
 
     def saw_round(self, metrics: RoundMetrics) -> None:
         self._bytes += metrics.bytes_up + metrics.bytes_down
-        self._progress.show({"loss": f"{metrics.loss:.3f}", "sent": f"{self._bytes:,} B"})
+        loss = {} if math.isnan(metrics.loss) else {"loss": f"{metrics.loss:.3f}"}
+        self._progress.show({**loss, "sent": f"{self._bytes:,} B"})

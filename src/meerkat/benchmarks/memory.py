@@ -18,7 +18,7 @@ from meerkat.benchmarks.machine import peak_bytes, reset_peak, resident_bytes
 from meerkat.client import Client, Worker
 from meerkat.data.encoding import Encoded
 from meerkat.errors import MeerkatError
-from meerkat.mask import eligible_parameters, random_mask
+from meerkat.mask.making import eligible_parameters, random_mask
 from meerkat.models import load_model
 from meerkat.noise import Directions
 from meerkat.objective import Objective

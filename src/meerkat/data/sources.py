@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from meerkat.noise import permutation
 from meerkat.recipe import TaskSection
 from meerkat.tasks import Example, Task
 
-__all__ = ["Split", "demo_file", "load_examples"]
+__all__ = ["Split", "demo_file", "load_examples", "load_folder"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _DEMO_LABELS = ("rotten", "fresh")
@@ -62,6 +62,34 @@ def load_examples(task: Task, section: TaskSection) -> Split:
             "test examples; both need at least one"
         )
     return Split(split.train[: section.train_examples], split.test)
+
+
+def load_folder(task: Task, folder: Path) -> Split:
+    """A client's own data: a file `train` and, where it has one, a file `test`, in their order.
+
+    Raises:
+        DataError: There is no such folder or no file `train` of a known type in it, or a row does
+            not fit the task.
+    """
+    found = {
+        name: [path for suffix in _READERS if (path := folder / f"{name}{suffix}").is_file()]
+        for name in ("train", "test")
+    }
+    if len(found["train"]) != 1 or len(found["test"]) > 1:
+        raise DataError(
+            f"data = {str(folder)!r}: it needs one file train (and may have one file test) of type "
+            f"{', '.join(_READERS)}"
+        )
+    parts = {
+        name: _unique(
+            example
+            for path in paths
+            for example in _examples(replace(task, source=str(path)), name)
+        )
+        for name, paths in found.items()
+    }
+    train = [example for key, example in parts["train"].items() if key not in parts["test"]]
+    return Split(tuple(train), tuple(parts["test"].values()))
 
 
 def demo_file(name: str) -> Path:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from meerkat.client import Client, Worker
-from meerkat.engines import Outcome
-from meerkat.protocol import RoundPlan, decode_plan, decode_report, encode_plan, encode_report
+from meerkat.engines import Assignment, Outcome
+from meerkat.protocol import decode_plan, decode_report, encode_plan, encode_report
 
 __all__ = ["LocalEngine"]
 
@@ -31,10 +31,10 @@ class LocalEngine:
     def present(self) -> Collection[int]:
         return range(len(self._clients))
 
-    def run(self, plans: Mapping[int, RoundPlan]) -> Outcome:
+    def run(self, assignment: Assignment) -> Outcome:
         """Each client answers its plan; what it reads and writes went through the encoding."""
         reports, losses, up, down = [], [], 0, 0
-        for number, plan in plans.items():
+        for number, plan in assignment.plans.items():
             sent = encode_plan(plan)
             report, loss = self._clients[number].answer(decode_plan(sent), self._worker)
             received = encode_report(report)

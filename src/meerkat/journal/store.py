@@ -41,6 +41,7 @@ class Store:
         self._header: tuple[Header, Theta] | None = None
         self._own: bytes | None = None
         self._chain = b""
+        self._durable = False
 
     @classmethod
     def create(cls, path: Path, header: Header, theta: Theta) -> Self:
@@ -128,8 +129,10 @@ class Store:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that is durable at its end, or has not happened."""
         try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")
+            if not self._durable:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._durable = True
             self._connection.execute("BEGIN IMMEDIATE")
             yield self._connection
             self._connection.execute("COMMIT")

@@ -1,15 +1,16 @@
 """The schema of a run: TOML in, validated frozen objects out."""
 
 from meerkat.recipe.reading import load_recipe, parse_recipe
-from meerkat.recipe.schema import (
+from meerkat.recipe.schema import Recipe
+from meerkat.recipe.sections import (
     Evaluation,
     Federation,
     MaskSection,
     ModelSection,
+    Network,
     Noise,
     Optimizer,
     Partition,
-    Recipe,
     Runtime,
     Selection,
     TaskSection,
@@ -20,6 +21,7 @@ __all__ = [
     "Federation",
     "MaskSection",
     "ModelSection",
+    "Network",
     "Noise",
     "Optimizer",
     "Partition",

@@ -13,7 +13,7 @@ import numpy as np
 from meerkat.descent import Theta
 from meerkat.errors import MaskError, RecipeError
 from meerkat.journal import Journal
-from meerkat.mask import load_mask
+from meerkat.mask.file import load_mask
 from meerkat.protocol import ClientReport
 from meerkat.recipe import Recipe, parse_recipe
 from meerkat.records import Header

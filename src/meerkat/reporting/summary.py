@@ -39,6 +39,9 @@ class Run:
     reports: int
     """Reports of all rounds together."""
     evaluations: list[Evaluated]
+    """Those in which there was something to evaluate on."""
+    evaluated: int
+    """After how many rounds θ was evaluated last, if only in name."""
     seconds: float
     """Time in rounds."""
     theta_digest: str
@@ -55,13 +58,13 @@ class Run:
 
     @property
     def clients(self) -> int:
-        return len(self.header.label_counts)
+        told = self.recipe.get("federation.clients")
+        return len(self.header.label_counts) or (told if isinstance(told, int) else 0)
 
     @property
     def finished(self) -> bool:
         """Are all rounds done, and the last θ evaluated?"""
-        last = self.evaluations[-1].round if self.evaluations else -1
-        return self.rounds >= self.planned and last == self.rounds
+        return self.rounds >= self.planned and self.evaluated == self.rounds
 
 
 def read(journal: Journal) -> Run:
@@ -76,6 +79,7 @@ def read(journal: Journal) -> Run:
         reports += len(record.reports)
         seconds += metrics.seconds
         theta_digest = record.theta_digest
+    evaluations = [e for e in journal.evaluations() if e.round <= len(losses)]
     return Run(
         header=journal.header,
         recipe=dict(_flat(json.loads(journal.header.recipe))),
@@ -84,7 +88,8 @@ def read(journal: Journal) -> Run:
         bytes_up=up,
         bytes_down=sum(sizes) - up,
         reports=reports,
-        evaluations=[e for e in journal.evaluations() if e.round <= len(losses)],
+        evaluations=[e for e in evaluations if e.examples],
+        evaluated=evaluations[-1].round if evaluations else -1,
         seconds=seconds,
         theta_digest=theta_digest,
         stopping=read_stopping(journal),

@@ -1,78 +1,28 @@
-"""Scores → mask; the other masks; save and load.
-
-A mask is an ordered list of coordinates: eligible tensors in the model's own order, and inside a
-tensor ascending flat indices. That order is the order of θ, of z, and of everything on the wire.
-"""
+"""Scores → mask, and the other masks."""
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from meerkat.errors import MaskError
+from meerkat.mask.file import Mask
 from meerkat.noise import words
 from meerkat.recipe import MaskSection
 
 __all__ = [
-    "Mask",
     "eligible_parameters",
     "full_mask",
-    "load_mask",
     "magnitude_scores",
     "mask_size",
     "random_mask",
-    "save_mask",
     "top_mask",
     "union",
 ]
-
-_FORMAT = "meerkat-mask-1"
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which parameters of which model may move."""
-
-    names: tuple[str, ...]
-    """Tensors with at least one masked coordinate, in the model's order."""
-    shapes: tuple[tuple[int, ...], ...]
-    indices: tuple[np.ndarray, ...]
-    """Flat int64 indices into each, ascending."""
-    eligible: int
-    """Parameters that the mask was chosen from (d_eligible)."""
-    model: str
-    """Fingerprint of the model that it was made for."""
-    kind: str
-    gradient: Float32[np.ndarray, " n"] | None = None
-    """p, the mean pre-training gradient at the masked coordinates (method.md section 2)."""
-    concentration: dict[str, float] | None = None
-    """How the scores were spread: see `calibration.tiers`."""
-
-    @property
-    def size(self) -> int:
-        """n."""
-        return sum(map(len, self.indices))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the coordinates."""
-        digest = hashlib.sha256()
-        for name, shape, indices in zip(self.names, self.shapes, self.indices, strict=True):
-            digest.update(f"{name} {shape}\n".encode())
-            digest.update(indices.astype("<i8").tobytes())
-        return digest.hexdigest()
 
 
 def eligible_parameters(model: nn.Module, section: MaskSection) -> dict[str, nn.Parameter]:
@@ -222,81 +172,3 @@ def _mask(
     names, shapes, arrays = zip(*kept, strict=True)
     eligible = sum(tensor.numel() for tensor in tensors.values())
     return Mask(names, shapes, arrays, eligible, model, kind)
-
-
-def save_mask(mask: Mask, path: str | Path) -> None:
-    """Write a mask as a safetensors file, whole or not at all."""
-    path = Path(path)
-    # A tensor that is masked as a whole needs no list of its coordinates.
-    arrays = {
-        f"indices.{number}": indices.astype(np.uint32 if math.prod(shape) < 2**32 else np.int64)
-        for number, (indices, shape) in enumerate(zip(mask.indices, mask.shapes, strict=True))
-        if len(indices) < math.prod(shape)
-    }
-    if mask.gradient is not None:
-        arrays["gradient"] = mask.gradient
-    about = {
-        "names": mask.names,
-        "shapes": mask.shapes,
-        "eligible": mask.eligible,
-        "model": mask.model,
-        "kind": mask.kind,
-        "concentration": mask.concentration,
-        "checksum": _checksum(mask),
-    }
-    scratch = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, scratch, {"format": _FORMAT, "mask": json.dumps(about)})
-    scratch.replace(path)
-
-
-def load_mask(path: str | Path, model: str | None = None) -> Mask:
-    """Read a mask file, and check that it was made for the model with this fingerprint.
-
-    Raises:
-        MaskError: The file is missing or damaged, or belongs to another model.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise MaskError(f"mask {path}: no such file")
-    try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            if metadata["format"] != _FORMAT:
-                raise ValueError(f"its format is {metadata['format']!r}, not {_FORMAT!r}")
-            about = json.loads(metadata["mask"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-            mask = Mask(
-                tuple(about["names"]),
-                tuple(tuple(shape) for shape in about["shapes"]),
-                tuple(
-                    arrays[key].astype(np.int64)
-                    if (key := f"indices.{number}") in arrays
-                    else np.arange(math.prod(shape))
-                    for number, shape in enumerate(about["shapes"])
-                ),
-                about["eligible"],
-                about["model"],
-                about["kind"],
-                arrays.get("gradient"),
-                about["concentration"],
-            )
-        if _checksum(mask) != about["checksum"]:
-            raise ValueError("its checksum does not match; calibrate again")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise MaskError(f"mask {path} is not a mask file, or is damaged: {error}") from None
-    if model is not None and mask.model != model:
-        raise MaskError(
-            f"mask {path} was made for another model (fingerprint {mask.model[:12]}, this model is "
-            f"{model[:12]}); calibrate for this model, or load the model with the same dtype"
-        )
-    return mask
-
-
-def _checksum(mask: Mask) -> str:
-    """SHA-256 of all that a mask file holds."""
-    others = (mask.eligible, mask.model, mask.kind, mask.concentration)
-    digest = hashlib.sha256(f"{mask.digest} {others}\n".encode())
-    if mask.gradient is not None:
-        digest.update(mask.gradient.astype("<f4").tobytes())
-    return digest.hexdigest()

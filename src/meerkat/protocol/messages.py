@@ -1,7 +1,7 @@
-"""What crosses the wire between server and client, its encoding, and so its size in bytes.
+"""Plans, reports and log entries: what a round consists of.
 
-All integers and floats are little-endian. A report is 24 bytes and 4 for each scalar; a plan is
-24 bytes and 24 for each log entry that the client lacks.
+A report is 24 bytes and 4 for each scalar; a plan is 24 bytes and 24 for each log entry that the
+client lacks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from meerkat.errors import ProtocolError
 __all__ = [
     "CALIBRATION",
     "DIGEST_BYTES",
+    "ENTRY_BYTES",
     "PLAN_BYTES",
     "VERSION",
     "ClientReport",
@@ -39,12 +40,15 @@ CALIBRATION = 2**32 - 1
 DIGEST_BYTES = 8
 """Leading bytes of θ's digest that a report carries."""
 
-_PLAN = struct.Struct("<BxHIIIfI")
+_PLAN = struct.Struct("<BBHIIIfI")
 _ENTRY = struct.Struct("<IHHIfd")
 _REPORT = struct.Struct("<BBHIII8s")
 
 PLAN_BYTES = _PLAN.size
 """Size of a plan without log entries, as a calibration plan is."""
+
+ENTRY_BYTES = _ENTRY.size
+"""Size of a log entry."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def encode_plan(plan: RoundPlan) -> bytes:
     """Bytes of a plan."""
     head = _PLAN.pack(
         VERSION,
+        0,  # free, so that what follows is aligned
         plan.steps,
         plan.round,
         plan.first_step,
@@ -116,8 +121,8 @@ def decode_plan(data: bytes) -> RoundPlan:
     Raises:
         ProtocolError: They are no plan of this version, or a number is not finite.
     """
-    version, steps, number, first, start, rate, count = _unpack(_PLAN, data, "plan")
-    if version != VERSION or not steps:
+    version, free, steps, number, first, start, rate, count = _unpack(_PLAN, data, "plan")
+    if version != VERSION or free or not steps:
         raise ProtocolError(f"plan of version {version} with {steps} steps; this is {VERSION}")
     if len(data) != _PLAN.size + count * _ENTRY.size:
         raise ProtocolError(f"plan of {len(data)} bytes does not hold its {count} log entries")

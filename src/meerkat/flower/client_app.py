@@ -1,0 +1,101 @@
+"""The client app of Flower: what a SuperNode, or a worker of a simulation, runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from meerkat.engines.flower import FRAMES, SESSION, pack, unpack
+from meerkat.errors import MeerkatError, ProtocolError
+from meerkat.participant import Node, Participant
+from meerkat.protocol import Failed, Setup, decode_down, encode
+from meerkat.streaming import Invitation, take_part
+from meerkat.terminal import quiet_libraries
+
+__all__ = ["app"]
+
+app = ClientApp()
+_log = logging.getLogger("flwr.meerkat")
+_STATE = "meerkat"
+
+
+@app.train(FRAMES)
+def frames(message: Message, context: Context) -> Message:
+    """Answer the frames of one message. The process may be new: setup and θ are in the context."""
+    quiet_libraries()
+    received = unpack(message.content)
+    try:
+        answers = _answer(received, context)
+    except MeerkatError as error:
+        answers = [_failed(error)]
+    return Message(pack(answers), reply_to=message)
+
+
+@app.train(SESSION)
+def session(message: Message, context: Context) -> Message:
+    """Open a stream to the server app and stay in it to the end of the run."""
+    quiet_libraries()
+    try:
+        participant = Participant(Node.of(context.node_config), _log.info)
+        received = unpack(message.content)
+        if len(received) != 1:
+            raise ProtocolError(f"an invitation with {len(received)} frames; it has one")
+        setup = _setup(received[0])
+        # The model is loaded before the stream is opened, so that the server waits for nobody.
+        participant.begin(setup)
+        told = message.content.config_records["meerkat"].get("invitation")
+        invitation = Invitation.decode(told if isinstance(told, bytes) else b"")
+        summary = take_part(
+            invitation, participant.answer, lambda: participant.begin(setup), _log.info
+        )
+    except MeerkatError as error:
+        return Message(pack([_failed(error)]), reply_to=message)
+    figures = {key: value for key, value in asdict(summary).items() if value is not None}
+    content = RecordDict({"summary": ConfigRecord({**figures, "answered": participant.answered})})
+    return Message(content, reply_to=message)
+
+
+def _answer(received: list[bytes], context: Context) -> list[bytes]:
+    """A message starts with a setup, or goes on where the node's last one ended."""
+    participant = Participant(Node.of(context.node_config), _log.info)
+    setup = next((data for data in received if isinstance(decode_down(data), Setup)), None)
+    if setup is not None:
+        answers = [participant.begin(_setup(setup))]
+    else:
+        setup, answers = _recall(participant, context), []
+    for data in received:
+        if data != setup:
+            answers.extend(participant.answer(data))
+    remembered = participant.remembered() if _setup(setup).remember else None
+    kept = ConfigRecord({"setup": setup})
+    if remembered is not None:
+        kept["theta"] = remembered
+    context.state.config_records[_STATE] = kept
+    return answers
+
+
+def _recall(participant: Participant, context: Context) -> bytes:
+    """Bring a participant to where the node was after its last message; the setup of then."""
+    state = context.state.config_records.get(_STATE, ConfigRecord())
+    setup, theta = state.get("setup"), state.get("theta")
+    if not isinstance(setup, bytes):
+        raise ProtocolError("a message of a run that this node was not set up for")
+    participant.begin(_setup(setup))
+    if isinstance(theta, bytes):
+        participant.recall(theta)
+    return setup
+
+
+def _setup(data: bytes) -> Setup:
+    frame = decode_down(data)
+    if not isinstance(frame, Setup):
+        raise ProtocolError("an invitation without a setup")
+    return frame
+
+
+def _failed(error: MeerkatError) -> bytes:
+    _log.error("%s", error)
+    return encode(Failed(str(error)))

@@ -1,0 +1,38 @@
+"""The server app of Flower: reads the run config and hosts the run. It loads no model.
+
+See `settings.py` for the run config.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
+
+from meerkat.errors import MeerkatError
+from meerkat.flower.serving import serve
+from meerkat.flower.settings import read_settings
+from meerkat.terminal import Bar
+
+__all__ = ["app"]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Host the run that the run config describes."""
+    try:
+        settings = read_settings(context.run_config, Path(sys.path[0]))  # the unpacked app
+        with Bar() as progress:
+            summary = serve(grid, settings, progress, isinstance(grid, InMemoryGrid))
+    except MeerkatError as error:
+        # Flower tells that a run failed, but shows only what was printed.
+        print(f"meerkat: {' '.join(str(error).split())}", flush=True)
+        raise
+    for key in ("accuracy_before", "accuracy_after", "loss_after", "theta_digest"):
+        print(f"meerkat: {key} {summary[key]}", flush=True)
+    print(f"meerkat: {settings.out / 'report.html'}", flush=True)

@@ -1,0 +1,87 @@
+"""`meerkat run --engine flower`: Flower's simulation from our own command line.
+
+Each client is a node; the nodes share a few worker processes (Ray actors), and each of these loads
+the model once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about itself
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from meerkat.directory import holds_run
+from meerkat.errors import RunError
+from meerkat.flower.client_app import app as client_app
+from meerkat.flower.serving import serve
+from meerkat.flower.settings import Settings
+from meerkat.progress import Progress
+from meerkat.recipe import Recipe
+
+__all__ = ["simulate"]
+
+
+def simulate(recipe: Recipe, directory: Path, progress: Progress, new: bool) -> dict[str, Any]:
+    """See a run through in Flower's simulation; its summary.
+
+    Args:
+        new: Must the directory hold no run yet?
+
+    Raises:
+        RunError: It does.
+        MeerkatError: See `serving.serve`.
+    """
+    if new and holds_run(directory):
+        raise RunError(
+            f"{directory} holds another run; choose another --out, or go on with "
+            f"`meerkat resume {directory}`"
+        )
+    server, stop = ServerApp(), threading.Event()
+    found: dict[str, Any] = {}
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        found.update(serve(grid, Settings(recipe, directory, None), progress, True, stop))
+
+    if recipe.runtime.cache_dir is not None:  # the workers' caches, too
+        os.environ["MEERKAT_CACHE"] = recipe.runtime.cache_dir
+    _quiet()
+    try:
+        run_simulation(
+            server, client_app, recipe.federation.clients, backend_config=_backend(recipe)
+        )
+    finally:
+        stop.set()  # the server's thread ends when we do
+    return found
+
+
+def _backend(recipe: Recipe) -> dict[str, Any]:
+    """Ray's settings; where RAY_ADDRESS names a cluster, its machines are the workers."""
+    init: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    cores = len(os.sched_getaffinity(0))
+    workers = min(recipe.network.workers or cores, recipe.federation.clients)
+    if "RAY_ADDRESS" in os.environ:
+        init["address"] = os.environ["RAY_ADDRESS"]
+    else:
+        init |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
+    gpus = 0 if recipe.runtime.device == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return {
+        "init_args": init,
+        "client_resources": {"num_cpus": 1, "num_gpus": min(1.0, gpus / workers)},
+    }
+
+
+def _quiet() -> None:
+    """Flower's and Ray's own lines are for their developers."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(flwr|ray)\.")
