@@ -3,6 +3,7 @@
     python experiments/wire.py rounds                 # seconds a round for 2, 8 and 32 clients
     python experiments/wire.py stream                 # bytes at the socket, over the stream
     python experiments/wire.py messages               # bytes and seconds, over Flower messages
+    python experiments/wire.py alternatives           # what else could be sent, and its size
 
 The server is the real one, with n masked parameters, journal and TLS; the clients are bare ends of
 a stream, all in one other process, that answer each plan with g = 0 at once.
@@ -288,10 +289,25 @@ def over_messages() -> None:
     print(f"{statistics.median(seconds):.2f} s a round (median of {len(seconds)})")
 
 
+def alternatives() -> None:
+    """What other things would weigh that could be sent each way, for Gemma 3 270M."""
+    from meerkat.mask.making import eligible_parameters
+    from meerkat.models import load_model
+    from meerkat.recipe import MaskSection, ModelSection, Runtime
+
+    model = load_model(ModelSection(name="demo:gemma-3-270m"), Runtime(device="cpu")).model
+    matrices = eligible_parameters(model, MaskSection()).values()
+    lora = sum(8 * sum(matrix.shape) for matrix in matrices)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    print(f"theta, float32             {4 * GEMMA:13,} bytes")
+    print(f"LoRA factors, r = 8, bf16  {2 * lora:13,} bytes")
+    print(f"all weights, bf16          {2 * weights:13,} bytes")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["rounds", "stream", "messages", "clients"])
+    parser.add_argument("what", choices=["rounds", "stream", "messages", "alternatives", "clients"])
     what = parser.parse_args().what
     commands = {"rounds": rounds_table, "stream": stream_bytes, "messages": over_messages}
-    commands["clients"] = be_clients
+    commands |= {"alternatives": alternatives, "clients": be_clients}
     commands[what]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -52,19 +53,45 @@ def host(
         RunError: The directory holds another run, or too few clients are there.
         MeerkatError: See `training.train`.
     """
+    claim: AbstractContextManager[None] = nullcontext()
     if not holds_run(directory):
-        with claimed(directory, recipe):
-            return _see_through(recipe, directory, mask, connect, progress, say, holdings, remember)
+        claim = claimed(directory, recipe)
+    else:
+        _check_recipe(directory, recipe)
+        summary = finished(directory, recipe)
+        if summary is not None:
+            return summary
+    with claim:
+        labels = resolve_task(recipe.task).verbalizers
+        header = header_of(recipe, mask, labels, *holdings)
+        proof = Proof(header.model, header.mask, noise.fingerprint())
+        link = connect(Setup(recipe.to_json(), proof, secrets.token_hex(16), remember))
+        file = cache(lambda: _for_clients(mask))
+        engine = RemoteEngine(link, recipe, proof, file, say, progress.advance)
+
+        def crew(state: ServerState, log: Log) -> tuple[Engine, Evaluate]:
+            def evaluate(round: int, theta: Theta) -> Evaluated:
+                return engine.evaluate(round, theta, log, len(labels))
+
+            return engine, evaluate
+
+        reason = "the server stopped before the end"
+        try:
+            summary = carry_out(directory, recipe, header, mask, crew, progress)
+            reason = "the run is complete"
+            return summary
+        finally:
+            engine.close(reason)
+
+
+def _check_recipe(directory: Path, recipe: Recipe) -> None:
+    """Is the run that a directory holds of this recipe?"""
     kept = recipe_of(directory)
     if kept.fingerprint != recipe.fingerprint:
         raise RunError(
             f"{directory} holds another run (fingerprint {kept.fingerprint[:12]}, this recipe's is "
             f"{recipe.fingerprint[:12]}); choose another directory, or put the recipe back"
         )
-    summary = finished(directory, recipe)
-    if summary is not None:
-        return summary
-    return _see_through(recipe, directory, mask, connect, progress, say, holdings, remember)
 
 
 def host_mask(path: Path) -> Mask:
@@ -80,47 +107,6 @@ def host_mask(path: Path) -> Mask:
             "from; make it with `meerkat calibrate RECIPE --out FILE`"
         )
     return mask
-
-
-def _see_through(
-    recipe: Recipe,
-    directory: Path,
-    mask: Mask,
-    connect: Callable[[Setup], Link],
-    progress: Progress,
-    say: Callable[[str], None],
-    holdings: tuple[list[list[int]], str],
-    remember: bool,
-) -> dict[str, Any]:
-    labels = resolve_task(recipe.task).verbalizers
-    header = header_of(recipe, mask, labels, *holdings)
-    proof = Proof(header.model, header.mask, noise.fingerprint())
-    link = connect(Setup(recipe.to_json(), proof, secrets.token_hex(16), remember))
-    engine = RemoteEngine(
-        link,
-        recipe.network,
-        proof,
-        recipe.federation.clients,
-        recipe.quorum,
-        cache(lambda: _for_clients(mask)),
-        say,
-        progress.advance,
-        recipe.federation.local_steps,
-    )
-
-    def crew(state: ServerState, log: Log) -> tuple[Engine, Evaluate]:
-        def evaluate(round: int, theta: Theta) -> Evaluated:
-            return engine.evaluate(round, theta, log, len(labels))
-
-        return engine, evaluate
-
-    reason = "the server stopped before the end"
-    try:
-        summary = carry_out(directory, recipe, header, mask, crew, progress)
-        reason = "the run is complete"
-        return summary
-    finally:
-        engine.close(reason)
 
 
 def _for_clients(mask: Mask) -> bytes:

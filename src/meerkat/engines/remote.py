@@ -35,7 +35,7 @@ from meerkat.protocol import (
     difference,
     encode,
 )
-from meerkat.recipe import Network
+from meerkat.recipe import Recipe
 from meerkat.records import Evaluated
 from meerkat.server.state import Log
 
@@ -63,29 +63,24 @@ class RemoteEngine:
     """Carries plans over a link.
 
     Args:
-        clients: K; a client's number is below that.
-        quorum: Fewest clients that a round goes on with.
         mask: The mask as a file, for clients that lack it.
         say: Takes a line for the log.
         answered: Called after each client's report, for progress.
-        local_steps: What `network.deadline` is for; plans with more have more time.
     """
 
     def __init__(
         self,
         link: Link,
-        network: Network,
+        recipe: Recipe,
         proof: Proof,
-        clients: int,
-        quorum: int,
         mask: Callable[[], bytes],
         say: Callable[[str], None],
         answered: Callable[[], None] = lambda: None,
-        local_steps: int = 1,
     ):
-        self._link, self._network, self._proof = link, network, proof
-        self._clients, self._quorum, self._mask = clients, quorum, mask
-        self._say, self._answered, self._steps = say, answered, local_steps
+        self._link, self._network, self._proof, self._mask = link, recipe.network, proof, mask
+        self._clients, self._quorum = recipe.federation.clients, recipe.quorum
+        self._steps = recipe.federation.local_steps
+        self._say, self._answered = say, answered
         self._members: dict[int, _Member] = {}
         self._seats: dict[int, int] = {}
         self._gone: dict[int, tuple[float, str]] = {}
@@ -132,7 +127,7 @@ class RemoteEngine:
         self._up = self._down = 0
         task = RoundTask(assignment, self._network.largest_scalar)
         need = 0 if task.calibrates else min(self._quorum, len(assignment.plans))
-        longer = max(1.0, task.steps / self._steps)
+        longer = max(1.0, task.steps / self._steps)  # the deadline is for local_steps
         self._collect(task, set(assignment.plans), need, longer * self._network.deadline)
         return Outcome(tuple(task.reports.values()), self._up, self._down, float("nan"))
 

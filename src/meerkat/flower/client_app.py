@@ -54,7 +54,8 @@ def session(message: Message, context: Context) -> Message:
     except MeerkatError as error:
         return Message(pack([_failed(error)]), reply_to=message)
     figures = {key: value for key, value in asdict(summary).items() if value is not None}
-    content = RecordDict({"summary": ConfigRecord({**figures, "answered": participant.answered})})
+    figures |= {"answered": participant.answered, "seconds_working": participant.working}
+    content = RecordDict({"summary": ConfigRecord(figures)})
     return Message(content, reply_to=message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -72,6 +73,8 @@ class Participant:
         """What went wrong while the server waited for nothing."""
         self.answered = 0
         """Plans that were answered."""
+        self.working = 0.0
+        """Seconds spent on them."""
 
     def begin(self, setup: Setup) -> bytes:
         """The first frame of a conversation: hello, or the wish for the mask.
@@ -182,7 +185,9 @@ class Participant:
         assert self._crew is not None
         if plan.log_start > self._crew.worker.position:
             return Need(self._crew.worker.position)
+        started = time.monotonic()
         report, _loss = self._crew.client(self._node.client).answer(plan, self._crew.worker)
+        self.working += time.monotonic() - started
         self.answered += 1
         return Report(report)
 
