@@ -25,11 +25,8 @@ from meerkat.protocol.frames import (
     UpFrame,
     WantMask,
     Welcome,
-    decode_down,
-    decode_up,
-    encode,
-    wants_answer,
 )
+from meerkat.protocol.framing import decode_down, decode_up, encode, wants_answer
 from meerkat.protocol.handshake import difference
 from meerkat.protocol.messages import (
     CALIBRATION,
