@@ -32,6 +32,7 @@ from meerkat.training import Evaluate, restore_state, train
 
 __all__ = [
     "carry_out",
+    "check_free",
     "claimed",
     "finished",
     "holds_run",
@@ -59,9 +60,8 @@ def holds_run(directory: Path) -> bool:
     return (directory / _RECIPE).exists() or (directory / _JOURNAL).exists()
 
 
-@contextmanager
-def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
-    """A directory for a new run; where nothing has begun, an error leaves no trace of it.
+def check_free(directory: Path) -> None:
+    """May a new run go here?
 
     Raises:
         RunError: The directory holds a run.
@@ -71,6 +71,16 @@ def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
             f"{directory} holds another run; choose another --out, or go on with "
             f"`meerkat resume {directory}`"
         )
+
+
+@contextmanager
+def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
+    """A directory for a new run; where nothing has begun, an error leaves no trace of it.
+
+    Raises:
+        RunError: The directory holds a run.
+    """
+    check_free(directory)
     # The recipe is written first, so that a run that is killed at any moment can be resumed.
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / (_RECIPE + ".part")

@@ -48,7 +48,9 @@ BLOCK = 8192
 """Values drawn at a time; small enough that the temporaries stay in the cache of a core."""
 
 _KEPT_BYTES = 64 * 2**20
-"""Most bytes of directions that are kept after they were drawn."""
+"""Most bytes of a run's directions that are kept after they were drawn."""
+_SMALL = 2**16
+"""Bytes that even a small direction counts for, so that there are never many."""
 
 _WORDS_PER_COUNTER = 4
 _DOMAIN_NOISE, _DOMAIN_PERMUTATION = 0, 1
@@ -142,7 +144,7 @@ def _recent(key: NoiseKey, n: int, kind: Kind) -> Float32[np.ndarray, " n"]:
     z.setflags(write=False)
     with _keeping:
         _kept[name] = z
-        while sum(each.nbytes for each in _kept.values()) > _KEPT_BYTES:
+        while len(_kept) > _KEPT_BYTES // max(z.nbytes, _SMALL):
             _kept.popitem(last=False)
     return z
 

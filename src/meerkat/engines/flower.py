@@ -116,13 +116,11 @@ class FlowerMessages:
         return self._events.popleft() if self._events else None
 
     def drop(self, seat: int, reason: str, bar: bool = False) -> None:
-        self._outbox.pop(seat, None)
+        self._push()  # what was sent before still goes out
         if bar:
             self._barred.add(seat)
         if seat in self._met:
-            self._met.discard(seat)
-            self._attempts.failed(seat)
-            self._events.append(Event(seat, None, reason))
+            self._forget(seat, reason)
 
     def close(self, reason: str) -> None:
         """Nothing is open: a client app ends with its message."""
@@ -256,12 +254,13 @@ class FlowerStreams:
             node = self._sessions.pop(reply.metadata.reply_to_message_id, None)
             if node is None:
                 continue
+            told = None if reply.has_error() else reply.content.config_records.get("summary")
+            if told is not None:  # there was a session, so earlier failures count no more
+                self._attempts.worked(node)
+                self._say(f"seat {node}: {', '.join(f'{k} {told[k]!r}' for k in sorted(told))}")
             self._attempts.failed(node)
             if reply.has_error():
                 cause = " ".join(str(reply.error.reason).split())
                 self._failures.append(Event(node, encode(Failed(f"its client app: {cause}"))))
                 continue
             self._failures.extend(Event(node, frame) for frame in unpack(reply.content))
-            told = reply.content.config_records.get("summary")
-            if told is not None:
-                self._say(f"seat {node}: {', '.join(f'{k} {told[k]!r}' for k in sorted(told))}")

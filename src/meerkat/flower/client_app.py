@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from meerkat.engines.flower import FRAMES, SESSION, pack, unpack
 from meerkat.errors import MeerkatError, ProtocolError
-from meerkat.participant import Node, Participant
+from meerkat.participant import Node, Participant, told
 from meerkat.protocol import Failed, Setup, decode_down, encode
 from meerkat.streaming import Invitation, take_part
 from meerkat.terminal import quiet_libraries
@@ -46,8 +46,8 @@ def session(message: Message, context: Context) -> Message:
         setup = _setup(received[0])
         # The model is loaded before the stream is opened, so that the server waits for nobody.
         participant.begin(setup)
-        told = message.content.config_records["meerkat"].get("invitation")
-        invitation = Invitation.decode(told if isinstance(told, bytes) else b"")
+        sent = message.content.config_records["meerkat"].get("invitation")
+        invitation = Invitation.decode(sent if isinstance(sent, bytes) else b"")
         summary = take_part(
             invitation, participant.answer, lambda: participant.begin(setup), _log.info
         )
@@ -99,4 +99,4 @@ def _setup(data: bytes) -> Setup:
 
 def _failed(error: MeerkatError) -> bytes:
     _log.error("%s", error)
-    return encode(Failed(str(error)))
+    return encode(Failed(told(error)))

@@ -20,8 +20,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from meerkat.directory import holds_run
-from meerkat.errors import RunError
+from meerkat.directory import check_free
 from meerkat.flower.client_app import app as client_app
 from meerkat.flower.serving import serve
 from meerkat.flower.settings import Settings
@@ -41,11 +40,8 @@ def simulate(recipe: Recipe, directory: Path, progress: Progress, new: bool) -> 
         RunError: It does.
         MeerkatError: See `serving.serve`.
     """
-    if new and holds_run(directory):
-        raise RunError(
-            f"{directory} holds another run; choose another --out, or go on with "
-            f"`meerkat resume {directory}`"
-        )
+    if new:
+        check_free(directory)
     server, stop = ServerApp(), threading.Event()
     found: dict[str, Any] = {}
 

@@ -4,7 +4,7 @@
 what is answered to which frame.
 """
 
-from meerkat.participant.conversation import Participant
+from meerkat.participant.conversation import Participant, told
 from meerkat.participant.node import Node
 
-__all__ = ["Node", "Participant"]
+__all__ = ["Node", "Participant", "told"]
