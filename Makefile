@@ -1,5 +1,6 @@
 # make demo    install into .venv what the demo needs, and run it
-# make test    install what the tests need, and pass them
+# make test    install what the tests need, and pass them all
+# make test-fast  those that one runs while working: under 90 s on two cores
 # make check   lint, format, types, import order, doctests
 # A second call installs nothing again.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test test-fast check clean
 
 demo: .venv/demo.stamp
 	@if [ -e runs/demo/recipe.json ]; then \
@@ -18,6 +19,9 @@ demo: .venv/demo.stamp
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: .venv/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not real" tests/unit tests/integration
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -39,5 +43,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) --editable '.[demo,dev]'
+	$(INSTALL) --editable '.[dev]'
 	@touch $@ .venv/demo.stamp

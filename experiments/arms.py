@@ -13,7 +13,7 @@ path ends from the mean one, by the length of the mean one.
 
 The calibration depends on neither T nor what follows, so Meerkat-vp calibrates in the runs of
 T = 10 alone. Where it stops the clients that the oracle stops, the two runs are the same bit for
-bit (`tests/test_early_stopping.py`), and one of them stands for both.
+bit (`tests/integration/test_early_stopping.py`), and one of them stands for both.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from pathlib import Path
 import numpy as np
 
 import meerkat
+from meerkat.config import parse_recipe
+from meerkat.federation.schedule import Schedule
+from meerkat.federation.selection import decide_by_paths
 from meerkat.journal import Journal
-from meerkat.recipe import parse_recipe
-from meerkat.server.selection import decide_by_paths
-from meerkat.trajectories import round_signals
+from meerkat.runs.trajectories import round_signals
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
 TRUTH = [5, 6, 7]
@@ -83,7 +84,7 @@ def make(out: Path, run: Run) -> None:
             "runtime.threads=1",
         ]
         summary = meerkat.run(RECIPE, directory, changes)
-    print(f"{directory.name}: {summary['accuracy_after']:.3f}", flush=True)
+    print(f"{directory.name}: {summary['after']['accuracy']:.3f}", flush=True)
 
 
 def table(out: Path) -> None:
@@ -99,7 +100,8 @@ def table(out: Path) -> None:
         print(f"seed {seed}: Meerkat-vp stopped {vp['stopped_early']}")
     rows: dict[tuple[int, float, str], list[tuple[float, float]]] = defaultdict(list)
     for (arm, steps, _, rate), summary in found.items():
-        rows[steps, rate, arm].append((summary["accuracy_after"], summary["loss_after"]))
+        after = summary["after"]
+        rows[steps, rate, arm].append((after["accuracy"], after["loss"]))
     print("\n| T | η | arm | seeds | accuracy | loss |\n|---|---|---|---|---|---|")
     for (steps, rate, arm), values in sorted(rows.items()):
         cells = " | ".join(map(_spread, zip(*values, strict=True)))
@@ -152,9 +154,9 @@ def repeated(out: Path) -> None:
             content, rounds = json.loads(journal.header.recipe), journal.rounds
             content["selection"] |= {"kind": "gradip", "every": rounds}
             recipe = parse_recipe(content)
-            signals = round_signals(journal, recipe, None, rounds)
-        free = decide_by_paths(recipe, rounds, "rounds", signals)
-        held = decide_by_paths(recipe, rounds, "rounds", signals, TRUTH)
+            signals = round_signals(journal, Schedule.of(recipe), None, rounds)
+        judged = recipe.selection, recipe.federation.local_steps, rounds, "rounds", signals
+        free, held = decide_by_paths(*judged), decide_by_paths(*judged, TRUTH)
         falls = [f"{verdict.rho_later:.2f}" for verdict in free.verdicts]
         print(
             f"| {steps} | {seed} | {rate:g} | {len(signals[0])} | {', '.join(falls[:5])} | "

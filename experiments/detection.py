@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from meerkat.recipe import Recipe, load_recipe
-from meerkat.server.selection import Decision, decide_by_paths
+from meerkat.config import Recipe, load_recipe
+from meerkat.federation.selection import Decision, decide_by_paths
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
 RECORDED = Path(__file__).with_name("calibrations.json")
@@ -84,7 +84,8 @@ def cases(pools: dict[int, dict[int, Simulated]], recipe: Recipe) -> Iterator[Ca
     for seed, pool in pools.items():
         for members in federations(pool):
             signals = {k: pool[k].signal(name, steps) for k in members}
-            decision = decide_by_paths(recipe, 0, "calibration", signals)
+            local_steps = recipe.federation.local_steps
+            decision = decide_by_paths(recipe.selection, local_steps, 0, "calibration", signals)
             scores = {
                 v.client: (v.rho_later or 0.0, -float(signals[v.client][-window:].mean()))
                 for v in decision.verdicts

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from meerkat.assembly import assemble
-from meerkat.descent import descend
-from meerkat.evaluation import evaluate_objective
-from meerkat.noise import SHARED
-from meerkat.protocol import CALIBRATION
-from meerkat.recipe import load_recipe
+from meerkat.config import load_recipe
+from meerkat.federation.messages import CALIBRATION
+from meerkat.runs.assembly import assemble
+from meerkat.runs.evaluation import evaluate_objective
+from meerkat.zo.directions import DirectionKey
+from meerkat.zo.log import LogEntry, Update
 
 ROOT = Path(__file__).parents[1]
 IID, SINGLE = tuple(range(5)), (8, 9, 10)
@@ -41,28 +41,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2", "3", "4"])
     parser.add_argument("--steps", type=int, nargs="+", default=[30, 100])
+    parser.add_argument("--examples", type=int, default=512, help="held-out examples")
     options = parser.parse_args()
     content = json.loads((ROOT / "experiments" / "calibrations.json").read_text())
     print("| seed | T | stopped | accuracy | loss |\n|---|---|---|---|---|", flush=True)
     for seed in options.seeds:
-        changes = [f"seed={seed}", "evaluation.examples=512", "runtime.threads=1"]
+        changes = [
+            f"seed={seed}",
+            f"evaluation.examples={options.examples}",
+            "runtime.threads=1",
+        ]
         recipe = load_recipe(ROOT / "recipes" / "meerkat-vp.toml", changes)
         assembly = assemble(recipe)
         worker = assembly.worker()
         names = [f"iid-{seed}-{k}" for k in IID] + [f"extreme-{seed}-{k}" for k in SINGLE]
         scalars = np.array([content["clients"][name]["scalars"] for name in names])
         for arm in ARMS:
-            theta, means = worker.initial.copy(), mean_scalars(scalars, arm)
+            state, means = worker.initial, mean_scalars(scalars, arm)
             for step, scalar in enumerate(means.tolist(), start=1):
-                z = worker.directions.z(CALIBRATION, step - 1, 0, SHARED)
-                descend(theta, recipe.optimizer.learning_rate, scalar, z)
+                key = DirectionKey(CALIBRATION, step - 1)
+                update = Update(recipe.optimizer.learning_rate, (LogEntry(key, scalar),))
+                state = worker.algorithm.apply(state, [update])
                 if step in options.steps:
-                    worker.space.write(theta)
-                    found = evaluate_objective(assembly.objective, assembly.test, 16)
-                    print(
-                        f"| {seed} | {step} | {arm} | {found.accuracy:.3f} | {found.loss:.3f} |",
-                        flush=True,
-                    )
+                    worker.space.write(state.theta)
+                    found = evaluate_objective(
+                        assembly.objective, assembly.test, 16, assembly.metrics
+                    ).metrics
+                    cells = f"{found['accuracy']:.3f} | {found['loss']:.3f}"
+                    print(f"| {seed} | {step} | {arm} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meerkat.assembly import assemble
-from meerkat.protocol import CALIBRATION, RoundPlan
-from meerkat.recipe import load_recipe
+from meerkat.config import load_recipe
+from meerkat.federation.messages import CALIBRATION, RoundPlan
+from meerkat.runs.assembly import assemble
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "meerkat-vp.toml"
 OTHERS, EXTREME = 8, 3
 
 
-def collect(out: Path, others: str, seed: int, steps: int, wanted: list[int]) -> None:
+def collect(
+    out: Path, others: str, seed: int, steps: int, wanted: list[int], changes: list[str]
+) -> None:
     """Write `out/OTHERS-SEED-CLIENT.json` for the clients of this pool that lack one."""
     names = {k: "extreme" if k >= OTHERS else others for k in wanted}
     lacking = {
@@ -41,6 +43,7 @@ def collect(out: Path, others: str, seed: int, steps: int, wanted: list[int]) ->
     recipe = load_recipe(
         RECIPE,
         [
+            *changes,
             f"seed={seed}",
             f"federation.clients={OTHERS + EXTREME}",
             f"federation.partition.kind={others}",
@@ -50,14 +53,14 @@ def collect(out: Path, others: str, seed: int, steps: int, wanted: list[int]) ->
     )
     assembly = assemble(recipe)
     worker, clients = assembly.worker(), assembly.clients()
-    gradient = assembly.calibrated.mask.gradient.astype(np.float64)
+    gradient = assembly.found_mask.mask.gradient.astype(np.float64)
     counts = assembly.header().label_counts
     plan = RoundPlan(CALIBRATION, steps, recipe.optimizer.learning_rate, 0, 0)
     for number, path in lacking.items():
         started = time.monotonic()
         taken = [(step.scalars[0], step.loss) for step in clients[number].local_steps(plan, worker)]
-        owner = worker.directions.owner(number)
-        drawn = [worker.directions.z(CALIBRATION, t, 0, owner) for t in range(steps)]
+        stream = worker.algorithm.stream
+        drawn = [stream.z(stream.keys(CALIBRATION, step, number)[0]) for step in range(steps)]
         content = {
             "labels": counts[number],
             "scalars": [scalar for scalar, _ in taken],
@@ -94,6 +97,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--shard", default="0/1", help="this process and how many there are")
+    parser.add_argument("--set", action="append", default=[], help="section.field=value")
     parser.add_argument("--pack", type=Path, help="only gather what is there into this file")
     options = parser.parse_args()
     if options.pack:
@@ -106,7 +110,7 @@ def main() -> None:
         for seed in options.seeds:
             numbers = range(OTHERS + EXTREME)
             wanted = [k for k in numbers if (k + seed) % shards == shard]
-            collect(options.out, others, seed, options.steps, wanted)
+            collect(options.out, others, seed, options.steps, wanted, options.set)
 
 
 if __name__ == "__main__":

@@ -30,27 +30,24 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from meerkat import noise
-from meerkat.descent import digest
-from meerkat.hosting import host
+from meerkat.config import Recipe, parse_recipe
+from meerkat.federation.messages import DIGEST_BYTES, ClientReport
+from meerkat.federation.rounds import RoundRecord
 from meerkat.journal import Journal
-from meerkat.mask.file import Mask, save_mask
+from meerkat.journal.records import RoundMetrics
 from meerkat.progress import Progress
-from meerkat.protocol import (
-    DIGEST_BYTES,
-    ClientReport,
-    Goodbye,
-    Hello,
-    Plan,
-    Proof,
-    Report,
-    decode_down,
-    encode,
-)
-from meerkat.recipe import Recipe, parse_recipe
-from meerkat.streaming import Invitation, StreamHub
-from meerkat.streaming.certificates import NAME
-from meerkat.streaming.invitation import METHOD, SERVICE, metadata
+from meerkat.runs.events import RunObserver
+from meerkat.runs.remote_run import host
+from meerkat.spaces.mask_file import Mask, save_mask
+from meerkat.transport.client_frames import Hello, Report
+from meerkat.transport.frame import encode
+from meerkat.transport.handshake import Proof
+from meerkat.transport.server_frames import Goodbye, Plan, decode_down
+from meerkat.transport.stream import Invitation, StreamHub
+from meerkat.transport.stream.certificates import NAME
+from meerkat.transport.stream.invitation import METHOD, SERVICE, metadata
+from meerkat.zo import noise
+from meerkat.zo.state import ModelState
 
 RUN = "wire"
 GEMMA = 100_270
@@ -79,11 +76,11 @@ def recipe_of(clients: int, rounds: int) -> Recipe:
 @contextmanager
 def clients(invitations: list[Invitation], n: int) -> Iterator[None]:
     """Clients that do nothing, together in one process."""
-    told = json.dumps([n, [invitation.encode().decode() for invitation in invitations]])
+    order = json.dumps([n, [invitation.encode().decode() for invitation in invitations]])
     command = [sys.executable, __file__, "clients"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
-    process.stdin.write(told)
+    process.stdin.write(order)
     process.stdin.close()
     try:
         yield
@@ -96,7 +93,7 @@ def be_clients() -> None:
     n, texts = json.loads(sys.stdin.read())
     mask = mask_of(n)
     assert mask.initial is not None
-    start = bytes.fromhex(digest(mask.initial))[:DIGEST_BYTES]
+    start = bytes.fromhex(ModelState(mask.initial).digest)[:DIGEST_BYTES]
     proof = Proof(mask.model, mask.digest, noise.fingerprint())
 
     async def be_client(client: int, text: str) -> None:
@@ -123,20 +120,26 @@ def measure(count: int, n: int, rounds: int, meter: Meter | None = None) -> list
     """Seconds from one finished round to the next, journal included."""
     ended: list[float] = []
 
-    class Watch(Progress):
-        def show(self, figures: dict[str, str]) -> None:
+    class Watch(RunObserver):
+        def round_closed(self, record: RoundRecord, metrics: RoundMetrics) -> None:
             ended.append(time.perf_counter())
 
     hub = StreamHub(RUN, "127.0.0.1:0", 64 * 1024)
     address = f"127.0.0.1:{meter.in_front_of(hub.port) if meter else hub.port}"
-    seats = [
-        Invitation(address, hub.certificate, False, RUN, seat, hub.invite(seat))
-        for seat in range(count)
+    peers = [
+        Invitation(address, hub.certificate, False, RUN, peer, hub.invite(peer))
+        for peer in range(count)
     ]
-    with tempfile.TemporaryDirectory() as scratch, clients(seats, n):
+    with tempfile.TemporaryDirectory() as scratch, clients(peers, n):
         out = Path(scratch) / "run"
         host(
-            recipe_of(count, rounds), out, mask_of(n), lambda setup: hub, Watch(), lambda line: None
+            recipe_of(count, rounds),
+            out,
+            mask_of(n),
+            lambda setup: hub,
+            Watch(),
+            Progress(),
+            lambda line: None,
         )
     return [after - before for before, after in pairwise(ended)]
 
@@ -220,8 +223,12 @@ mask = ""
 EMPTY = """
 from flwr.app import Message
 from flwr.clientapp import ClientApp
-from meerkat.engines.flower import pack, unpack
-from meerkat.protocol import ClientReport, Hello, Plan, Report, Setup, decode_down, encode
+from meerkat.flower.transports import pack, unpack
+from meerkat.federation.messages import ClientReport
+from meerkat.transport.client_frames import Hello, Report
+from meerkat.transport.server_frames import Plan, Setup
+from meerkat.transport.server_frames import decode_down
+from meerkat.transport.frame import encode
 
 app = ClientApp()
 
@@ -242,7 +249,7 @@ def frames(message, context):
 
 def over_messages() -> None:
     """Two SuperNodes whose client apps do nothing, in a deployment with TLS and node keys."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/support"))
     from cluster import Cluster
 
     mask = mask_of(1)
@@ -252,7 +259,7 @@ def over_messages() -> None:
         for name in ("app", "cluster"):
             (folder / name).mkdir()
         (folder / "app/pyproject.toml").write_text(APP)
-        start = digest(mask.initial)[: 2 * DIGEST_BYTES]
+        start = ModelState(mask.initial).digest[: 2 * DIGEST_BYTES]
         (folder / "app/empty.py").write_text(f'START = "{start}"\n{EMPTY}')
         recipe = recipe_of(2, 1)
         (folder / "recipe.json").write_text(recipe.to_json())
@@ -291,9 +298,9 @@ def over_messages() -> None:
 
 def alternatives() -> None:
     """What other things would weigh that could be sent each way, for Gemma 3 270M."""
-    from meerkat.mask.making import eligible_parameters
-    from meerkat.models import load_model
-    from meerkat.recipe import MaskSection, ModelSection, Runtime
+    from meerkat.config import MaskSection, ModelSection, Runtime
+    from meerkat.models.loading import load_model
+    from meerkat.spaces.mask_criteria import eligible_parameters
 
     model = load_model(ModelSection(name="demo:gemma-3-270m"), Runtime(device="cpu")).model
     matrices = eligible_parameters(model, MaskSection()).values()

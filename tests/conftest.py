@@ -1,10 +1,11 @@
-"""Tiny random models of real architectures, with a tokenizer, and small data: no download."""
+"""Fixtures that tests share: a tiny model as a folder, small data, a recipe of a short run."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -12,84 +13,9 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from builders import WORDS, tiny_model
 
-from meerkat.models import LoadedModel, fingerprint
-from meerkat.recipe import Recipe, parse_recipe
-
-WORDS = (
-    "It was great terrible good bad fine awful a an the film movie plot story actor scene is "
-    "Yes No true false question answer World Sports Business Technology news about This"
-)
-ARCHITECTURES = ("llama", "qwen2", "gemma3", "opt", "gpt2")
-SIZE = {"vocab_size": 320, "max_position_embeddings": 128}
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-}
-
-
-def tiny_config(architecture: str, **changes: object) -> transformers.PreTrainedConfig:
-    match architecture:
-        case "llama":
-            return transformers.LlamaConfig(**SIZE, **SMALL, tie_word_embeddings=False, **changes)
-        case "qwen2":
-            return transformers.Qwen2Config(**SIZE, **SMALL, tie_word_embeddings=True, **changes)
-        case "gemma3":
-            return transformers.Gemma3TextConfig(
-                **SIZE, **SMALL, head_dim=8, **{"sliding_window": 16, **changes}
-            )
-        case "opt":
-            return transformers.OPTConfig(
-                **SIZE,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                ffn_dim=64,
-                word_embed_proj_dim=32,
-                **changes,
-            )
-        case "gpt2":
-            return transformers.GPT2Config(
-                vocab_size=320, n_positions=128, n_embd=32, n_layer=2, n_head=4, **changes
-            )
-    raise ValueError(architecture)
-
-
-def tiny_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([WORDS, *(f" {word}" * 9 for word in WORDS.split())], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def tiny_model(
-    architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes: object
-) -> LoadedModel:
-    torch.manual_seed(0)
-    config = tiny_config(architecture, **changes)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # The usual initialisation is so small that all logits are nearly equal.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(5)
-    model = model.eval().requires_grad_(False)
-    return LoadedModel(model, tiny_tokenizer(), fingerprint(model), f"tiny-{architecture}")
+from meerkat.config import Recipe, parse_recipe
 
 
 @pytest.fixture(scope="session")
@@ -177,3 +103,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "real" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Name each test that was skipped, and why."""
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        terminalreporter.write_line(f"skipped: {report.nodeid}: {reason}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI a test that is skipped is a failure: there, nothing it needs is missing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter is not None and reporter.stats.get("skipped")
+    if skipped and os.environ.get("MEERKAT_NO_SKIPS") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -3,8 +3,7 @@
 >>> import meerkat
 >>> summary = meerkat.run("recipes/demo.toml", out="runs/demo")  # doctest: +SKIP
 
-Names are imported when they are first used, so that a server, which needs `meerkat.rounds` and
-`meerkat.server` alone, never imports torch.
+Names are imported when they are first used, so that a server process never imports torch.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
         split,
     )
     from meerkat.benchmarks import bench
+    from meerkat.config import Recipe, load_recipe, parse_recipe
     from meerkat.errors import MeerkatError
-    from meerkat.exporting import apply_delta
-    from meerkat.recipe import Recipe, load_recipe, parse_recipe
+    from meerkat.runs.export import apply_delta
 
 __all__ = [
     "MeerkatError",
@@ -49,20 +48,20 @@ __all__ = [
     "split",
 ]
 
-_ROOMS = {
+_MODULES = {
     "MeerkatError": "errors",
-    "Recipe": "recipe",
-    "apply_delta": "exporting",
+    "Recipe": "config",
+    "apply_delta": "runs.export",
     "bench": "benchmarks",
-    "load_recipe": "recipe",
-    "parse_recipe": "recipe",
+    "load_recipe": "config",
+    "parse_recipe": "config",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'meerkat' has no attribute {name!r}")
-    value = getattr(import_module(f"meerkat.{_ROOMS.get(name, 'api')}"), name)
+    value = getattr(import_module(f"meerkat.{_MODULES.get(name, 'api')}"), name)
     globals()[name] = value
     return value
 

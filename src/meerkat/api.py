@@ -1,4 +1,7 @@
-"""The commands as functions, with the same names: what `import meerkat` offers."""
+"""The commands as functions, with the same names: what `import meerkat` offers.
+
+What needs a model is imported where it is used, so that a server without torch has the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,26 @@ import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from meerkat import runs
-from meerkat.assembly import Calibrated, assemble
-from meerkat.data.holdings import write_folders
-from meerkat.data.sources import Split
-from meerkat.descent import Theta
-from meerkat.directory import finished, journal_path, mask_of, mask_path, open_journal, recipe_of
-from meerkat.errors import MaskError, RecipeError, RunError
-from meerkat.evaluation import evaluate_objective
-from meerkat.exporting import save_delta, save_merged
+from meerkat.config import Recipe, load_recipe, parse_recipe
+from meerkat.errors import RunError
+from meerkat.extras import needed_extra
 from meerkat.journal import replay as replay_journal
-from meerkat.mask.file import save_mask
-from meerkat.models import load_model
+from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
-from meerkat.recipe import Recipe, load_recipe, parse_recipe
-from meerkat.records import Evaluated
-from meerkat.reporting import write_report
-from meerkat.server.gradip import Compass
-from meerkat.server.selection import Decision
-from meerkat.trajectories import (
-    PathSummary,
-    calibration_reports,
-    round_reports,
-    summarise_paths,
-    write_table,
-)
+from meerkat.reporting.observer import ReportWriter
+from meerkat.runs.directory import journal_path, mask_of, mask_path, open_journal, recipe_of
+from meerkat.runs.events import Observers, RunObserver
+from meerkat.runs.execution import summary_if_complete
+from meerkat.runs.trajectories import Gradip, read_gradip
+from meerkat.runs.watching import ProgressObserver, SelectionWriter
+from meerkat.spaces.mask_file import save_mask
+from meerkat.zo.state import ModelState, Theta
+
+if TYPE_CHECKING:
+    from meerkat.runs.finding_mask import FoundMask
 
 __all__ = [
     "Gradip",
@@ -55,24 +49,20 @@ Source = str | Path | Recipe
 
 
 @dataclass(frozen=True)
-class Gradip:
-    """What the server sees of all paths."""
-
-    calibration: bool
-    """Are the paths those of the calibrations, or of all rounds?"""
-    paths: tuple[PathSummary, ...]
-    """By client."""
-    decision: Decision | None
-    """Who is stopped early now, if anything was decided."""
-
-
-@dataclass(frozen=True)
 class Replayed:
-    """θ after a number of rounds."""
+    """The training state after a number of rounds."""
 
     rounds: int
-    theta: Theta
-    digest: str
+    state: ModelState
+
+    @property
+    def theta(self) -> Theta:
+        return self.state.theta
+
+    @property
+    def digest(self) -> str:
+        """Of the whole state."""
+        return self.state.digest
 
 
 def calibrate(
@@ -80,17 +70,19 @@ def calibrate(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
-) -> Calibrated:
+) -> FoundMask:
     """Find a recipe's mask (method.md section 2), and write it to `out` if given.
 
     Raises:
         MeerkatError: The recipe, the model or the corpus is not usable.
     """
-    calibrated = assemble(_recipe(recipe, overrides), progress).calibrated
+    with needed_extra("train"):
+        from meerkat.runs.assembly import assemble
+    found = assemble(_recipe(recipe, overrides), progress).found_mask
     if out is None:
-        return calibrated
-    save_mask(calibrated.mask, out)
-    return dataclasses.replace(calibrated, path=Path(out))
+        return found
+    save_mask(found.mask, out)
+    return dataclasses.replace(found, path=Path(out))
 
 
 def run(
@@ -98,6 +90,7 @@ def run(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    observers: Sequence[RunObserver] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune as a recipe says, and return the run's summary.
 
@@ -105,15 +98,21 @@ def run(
         recipe: A recipe, or the path of one.
         out: The run's directory; by default `runs/` and the recipe's name and fingerprint.
         overrides: `section.field=value`, as `--set`.
+        observers: Who is told what happens, beside progress and selection.json, which every run
+            has; by default the one that draws the report.
 
     Raises:
         MeerkatError: What was wrong; rounds that are in the journal stay there.
     """
     parsed = _recipe(recipe, overrides)
     directory = Path(out) if out else default_out(recipe, parsed)
+    progress = progress or Progress()
+    observer = _observers(observers, progress)
     if parsed.runtime.engine == "flower":
-        return _simulate(parsed, directory, progress, new=True)
-    return runs.begin(parsed, directory, progress or Progress())
+        return _simulate(parsed, directory, observer, progress, new=True)
+    with needed_extra("train"):
+        from meerkat.runs.local_run import start_run
+    return start_run(parsed, directory, observer, progress)
 
 
 def default_out(source: Source, recipe: Recipe) -> Path:
@@ -123,33 +122,40 @@ def default_out(source: Source, recipe: Recipe) -> Path:
 
 
 def resume(
-    directory: str | Path, recover: bool = False, progress: Progress | None = None
+    directory: str | Path,
+    recover: bool = False,
+    progress: Progress | None = None,
+    observers: Sequence[RunObserver] | None = None,
 ) -> dict[str, Any]:
     """Go on with a run after any interruption, and return its summary.
 
     Args:
         recover: Keep the good part of a damaged journal and go on from there.
+        observers: As `run`.
 
     Raises:
         MeerkatError: There is no run, or it cannot go on.
     """
-    directory = Path(directory)
+    directory, progress = Path(directory), progress or Progress()
+    observer = _observers(observers, progress)
     recipe = recipe_of(directory)
     if recipe.runtime.engine == "flower":
-        summary = finished(directory, recipe, recover)
-        return summary or _simulate(recipe, directory, progress, new=False)
-    return runs.go_on(directory, progress or Progress(), recover)
+        summary = summary_if_complete(directory, recipe, observer, recover)
+        return summary or _simulate(recipe, directory, observer, progress, new=False)
+    with needed_extra("train"):
+        from meerkat.runs.local_run import resume_run
+    return resume_run(directory, observer, progress, recover)
 
 
 def replay(directory: str | Path, rounds: int | None = None) -> Replayed:
-    """θ after `rounds` rounds (all by default), from the journal alone.
+    """The training state after `rounds` rounds (all by default), from the journal alone.
 
     Raises:
         MeerkatError: There is no such run or round, or θ is not what the run recorded.
     """
     with closing(open_journal(Path(directory))) as journal:
-        theta, digest = replay_journal(journal, rounds)
-        return Replayed(journal.rounds if rounds is None else rounds, theta, digest)
+        state = replay_journal(journal, rounds)
+        return Replayed(journal.rounds if rounds is None else rounds, state)
 
 
 def evaluate(
@@ -161,7 +167,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluated:
-    """Accuracy, macro-F1 and loss of a run, or of any model under a recipe's task.
+    """The metrics of a run, or of any model under a recipe's task.
 
     Args:
         target: A run's directory, or a model as `model.name` names one.
@@ -173,6 +179,10 @@ def evaluate(
     Raises:
         MeerkatError: The target, the recipe or the split is not usable.
     """
+    with needed_extra("train"):
+        from meerkat.data.sources import Split
+        from meerkat.runs.assembly import assemble
+        from meerkat.runs.evaluation import evaluate_objective
     directory = Path(target)
     is_run = journal_path(directory).exists()
     if split not in ("test", "train"):
@@ -184,21 +194,26 @@ def evaluate(
     else:
         raise RunError(f"{target} is no run directory; to evaluate a model give --recipe as well")
     changes = [f"evaluation.examples={examples}"] if examples is not None else []
-    if is_run:  # the run's own mask, however it was found
-        changes.append(f"mask.file={json.dumps(str(mask_path(directory)))}")
-    else:
+    if not is_run:
         changes.append(f"model.name={json.dumps(str(target))}")
-    assembly = assemble(parse_recipe(parsed.model_dump(mode="json"), changes), progress)
+    # A run has a mask of its own, however it was found.
+    mask_file = mask_path(directory) if is_run else None
+    assembly = assemble(_recipe(parsed, changes), progress, mask_file=mask_file)
     if is_run:
         with closing(open_journal(directory)) as journal:
             mask_of(directory, journal.header)
-            theta, _ = replay_journal(journal, rounds)
-        assembly.worker().space.write(theta)
+            state = replay_journal(journal, rounds)
+        assembly.worker().space.write(state.theta)
     if split == "train":
         swapped = Split(assembly.split.train, assembly.split.train)
         assembly = dataclasses.replace(assembly, split=swapped)
-    size = parsed.federation.batch_size
-    return evaluate_objective(assembly.objective, assembly.test, size, progress=progress)
+    return evaluate_objective(
+        assembly.objective,
+        assembly.test,
+        parsed.federation.batch_size,
+        assembly.metrics,
+        progress=progress,
+    )
 
 
 def export(
@@ -212,10 +227,13 @@ def export(
     Raises:
         MeerkatError: There is no such run, its base model changed, or `to` exists.
     """
+    with needed_extra("train"):
+        from meerkat.models.loading import load_model
+        from meerkat.runs.export import save_delta, save_merged
     directory, to = Path(directory), Path(to)
     with closing(open_journal(directory)) as journal:
         header = journal.header
-        theta, _ = replay_journal(journal, rounds)
+        theta = replay_journal(journal, rounds).theta
     mask = mask_of(directory, header)
     if delta:
         save_delta(mask, theta, to)
@@ -246,28 +264,7 @@ def gradip(
     Raises:
         MeerkatError: There is no such run, its mask has no gradient, or the file exists.
     """
-    directory = Path(directory)
-    with closing(open_journal(directory)) as journal:
-        recipe, header = recipe_of(directory), journal.header
-        gradient = mask_of(directory, header).gradient
-        if gradient is None:
-            raise MaskError(
-                f"{mask_path(directory)}: a {header.mask_kind} mask keeps no pre-training "
-                "gradient, which GradIP needs; set mask.kind = 'sensitivity' in a new run"
-            )
-        compass = Compass(gradient, header.directions)
-        if to is not None:
-            if Path(to).exists():
-                raise RunError(f"{to} exists; choose another file")
-            everything = chain(journal.calibrations(), round_reports(journal))
-            write_table(compass.stream(everything), Path(to), set(clients))
-        reports = calibration_reports(journal, recipe)
-        calibrated = summarise_paths(compass.stream(reports), recipe.selection.later_window)
-        paths = calibrated or summarise_paths(
-            compass.stream(round_reports(journal)), recipe.selection.later_window
-        )
-        decisions = journal.decisions()
-    return Gradip(bool(calibrated), tuple(paths), decisions[-1] if decisions else None)
+    return read_gradip(Path(directory), None if to is None else Path(to), set(clients))
 
 
 def report(directory: str | Path) -> Path:
@@ -276,6 +273,8 @@ def report(directory: str | Path) -> Path:
     Raises:
         MeerkatError: There is no such run.
     """
+    with needed_extra("report"):
+        from meerkat.reporting.writing import write_report
     with closing(open_journal(Path(directory))) as journal:
         return write_report(Path(directory), journal)
 
@@ -286,22 +285,27 @@ def split(recipe: Source, to: str | Path, overrides: Sequence[str] = ()) -> list
     Raises:
         MeerkatError: The data cannot be split like this, or `to` is not an empty folder.
     """
-    return write_folders(_recipe(recipe, overrides), Path(to))
+    with needed_extra("train"):
+        from meerkat.data.clients import write_client_folders
+    return write_client_folders(_recipe(recipe, overrides), Path(to))
+
+
+def _observers(wanted: Sequence[RunObserver] | None, progress: Progress) -> RunObserver:
+    extra = [ReportWriter()] if wanted is None else wanted
+    return Observers([ProgressObserver(progress), SelectionWriter(), *extra])
 
 
 def _simulate(
-    recipe: Recipe, directory: Path, progress: Progress | None, new: bool
+    recipe: Recipe, directory: Path, observer: RunObserver, progress: Progress, new: bool
 ) -> dict[str, Any]:
-    try:
+    with needed_extra("flower"):
         from meerkat.flower.simulation import simulate
-    except ImportError:
-        raise RecipeError(
-            "runtime.engine = 'flower' needs the flower extra: pip install 'meerkat-fl[flower]'"
-        ) from None
-    return simulate(recipe, directory, progress or Progress(), new)
+    return simulate(recipe, directory, observer, progress, new)
 
 
 def _recipe(source: Source, overrides: Sequence[str]) -> Recipe:
     if isinstance(source, Recipe):
+        if not overrides:
+            return source
         return parse_recipe(source.model_dump(mode="json"), overrides)
     return load_recipe(source, overrides)

@@ -16,8 +16,13 @@ import typer
 from rich.console import Console
 
 from meerkat.errors import MeerkatError
-from meerkat.tables import figures_table, gradip_table, mask_table, summary_table
-from meerkat.terminal import Bar, quiet_libraries
+from meerkat.terminal.progress_bar import Bar, quiet_libraries
+from meerkat.terminal.tables import (
+    figures_table,
+    gradip_table,
+    mask_table,
+    summary_table,
+)
 
 __all__ = ["app", "main"]
 
@@ -115,12 +120,13 @@ def run(
 ) -> None:
     """Fine-tune as the recipe says; write journal, summary and report to a directory."""
     from meerkat import api
-    from meerkat.recipe import load_recipe
+    from meerkat.config import load_recipe
 
     changes = [*(overrides or ()), *([f"runtime.engine={engine.value}"] if engine else [])]
-    directory = out or api.default_out(recipe, load_recipe(recipe, changes))
+    parsed = load_recipe(recipe, changes)
+    directory = out or api.default_out(recipe, parsed)
     with Bar() as progress:
-        summary = api.run(recipe, directory, changes, progress)
+        summary = api.run(parsed, directory, progress=progress)
     console.print(summary_table(summary, directory))
 
 
@@ -194,15 +200,13 @@ def evaluate(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Accuracy, macro-F1 and loss on a split, of a run or of any model."""
+    """Metrics (accuracy, macro F1, loss) on a split, of a run or of any model."""
     from meerkat import api
 
     with Bar() as progress:
         found = api.evaluate(target, recipe, split, examples, rounds, overrides or (), progress)
     figures = {
-        "accuracy": found.accuracy,
-        "macro_f1": found.macro_f1,
-        "loss": found.loss,
+        **found.metrics,
         "examples": found.examples,
         "split": split,
     }

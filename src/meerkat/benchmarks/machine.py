@@ -94,7 +94,7 @@ def peak_bytes() -> int:
 
 
 def resident_bytes() -> int:
-    """Resident memory now; 0 where the system does not tell."""
+    """Resident memory now; 0 where the system does not report it."""
     try:
         return _status_bytes("VmRSS")
     except (OSError, ValueError):

@@ -14,17 +14,17 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from meerkat.algorithms import make_algorithm
 from meerkat.benchmarks.machine import peak_bytes, reset_peak, resident_bytes
-from meerkat.client import Client, Worker
+from meerkat.config import MaskSection, ModelSection, Runtime, parse_recipe
 from meerkat.data.encoding import Encoded
 from meerkat.errors import MeerkatError
-from meerkat.mask.making import eligible_parameters, random_mask
-from meerkat.models import load_model
-from meerkat.noise import Directions
-from meerkat.objective import Objective
-from meerkat.protocol import RoundPlan
-from meerkat.recipe import MaskSection, ModelSection, Runtime
-from meerkat.space import MaskedSpace
+from meerkat.federation.client import Client, Worker
+from meerkat.federation.messages import RoundPlan
+from meerkat.models.loading import load_model
+from meerkat.models.objective import TextObjective
+from meerkat.spaces.mask_criteria import eligible_parameters, random_mask
+from meerkat.spaces.masked import MaskedSpace
 
 __all__ = ["child", "peak_memory", "random_worker"]
 
@@ -68,13 +68,19 @@ def peak_memory(
 
 
 def random_worker(
-    model: Any, fingerprint: str, objective: Objective, mask_density: float
+    model: Any, fingerprint: str, objective: TextObjective, mask_density: float
 ) -> Worker:
     """A worker with a random mask and the ε of the model's type (method.md section 3)."""
     section = MaskSection(kind="random", density=mask_density)
     mask = random_mask(eligible_parameters(model, section), section, fingerprint)
-    epsilon = 1e-3 if model.dtype == torch.float32 else 3e-3
-    return Worker(MaskedSpace(model, mask), objective, Directions(0, mask.size), epsilon)
+    recipe = parse_recipe(
+        {
+            "model": {"name": "none", "dtype": str(model.dtype).removeprefix("torch.")},
+            "task": {"name": "none"},
+            "federation": {"clients": 1, "rounds": 1},
+        }
+    )
+    return Worker(MaskedSpace(model, mask), objective, make_algorithm(recipe, mask.size))
 
 
 def child() -> None:
@@ -84,7 +90,7 @@ def child() -> None:
     if runtime.threads:
         torch.set_num_threads(runtime.threads)
     loaded = load_model(ModelSection(**order["model"]), runtime)
-    objective = Objective(loaded, runtime.tokens_per_pass)
+    objective = TextObjective(loaded, runtime.tokens_per_pass)
     examples = [
         Encoded(tuple(e["prompt"]), tuple(map(tuple, e["answers"])), e["label"])
         for e in order["examples"]

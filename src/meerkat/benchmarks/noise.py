@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from meerkat.benchmarks.machine import describe, interleaved, seconds
-from meerkat.noise import NoiseKey, draw
+from meerkat.zo.noise import NoiseKey, draw
 
 __all__ = ["bench_noise"]
 

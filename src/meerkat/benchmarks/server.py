@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from meerkat.algorithms import make_algorithm
 from meerkat.benchmarks.machine import describe, seconds
-from meerkat.descent import Theta, digest
-from meerkat.noise import Directions
-from meerkat.protocol import (
-    DIGEST_BYTES,
-    ClientReport,
-    RoundPlan,
-    decode_report,
-    encode_report,
-)
-from meerkat.recipe import Recipe, parse_recipe
-from meerkat.rounds import close_round, plan_round
-from meerkat.server.gradip import Compass
-from meerkat.server.state import Log, ServerState, initial_state
+from meerkat.config import parse_recipe
+from meerkat.federation.algorithm import Algorithm
+from meerkat.federation.gradip import GradIPScorer
+from meerkat.federation.messages import DIGEST_BYTES, ClientReport, RoundPlan
+from meerkat.federation.rounds import close_round, plan_round
+from meerkat.federation.schedule import Schedule
+from meerkat.federation.state import ServerState, initial_state
+from meerkat.transport.messages import decode_report, encode_report
+from meerkat.zo.log import Log
+from meerkat.zo.state import Theta
 
 __all__ = ["bench_server"]
 
@@ -31,9 +29,9 @@ __all__ = ["bench_server"]
 class _Round:
     """What the server has at hand when the reports of a round arrive."""
 
-    recipe: Recipe
+    schedule: Schedule
     state: ServerState
-    directions: Directions
+    algorithm: Algorithm
     plans: dict[int, RoundPlan]
     log: Log
     gradient: Theta
@@ -91,11 +89,16 @@ def _pass(arrived: _Round) -> dict[str, float]:
 
     def close() -> None:
         close_round(
-            arrived.recipe, arrived.state, arrived.directions, arrived.plans, reports, arrived.log
+            arrived.schedule,
+            arrived.state,
+            arrived.algorithm,
+            arrived.plans,
+            reports,
+            arrived.log,
         )
 
     def score() -> None:
-        for _ in Compass(arrived.gradient, arrived.directions).stream(reports):
+        for _ in GradIPScorer(arrived.gradient, arrived.algorithm.stream).stream(reports):
             pass
 
     return {
@@ -117,17 +120,17 @@ def _round(clients: int, steps: int, mask_size: int, seed: int) -> tuple[_Round,
     )
     generator = np.random.default_rng(seed)
     theta = generator.standard_normal(mask_size, np.float32)
-    state = initial_state(theta, digest(theta), clients, steps)
+    schedule, algorithm = Schedule.of(recipe), make_algorithm(recipe, mask_size)
+    state = initial_state(algorithm.init(theta), clients, steps)
     log = Log()
     start = time.perf_counter()
-    plans = plan_round(recipe, state, log)
+    plans = plan_round(schedule, state, log)
     plan_seconds = time.perf_counter() - start
-    mark = bytes.fromhex(state.theta_digest)[:DIGEST_BYTES]
+    mark = bytes.fromhex(state.model.digest)[:DIGEST_BYTES]
     scalars = generator.standard_normal((clients, steps), np.float32)
     messages = [
         encode_report(ClientReport(0, client, 16, steps, 1, mark, tuple(scalars[client].tolist())))
         for client in generator.permutation(clients).tolist()
     ]
     gradient = generator.standard_normal(mask_size, np.float32)
-    directions = Directions(seed, mask_size)
-    return _Round(recipe, state, directions, plans, log, gradient, messages), plan_seconds
+    return _Round(schedule, state, algorithm, plans, log, gradient, messages), plan_seconds

@@ -11,26 +11,28 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from meerkat import attention
 from meerkat.benchmarks.machine import describe, interleaved, seconds
 from meerkat.benchmarks.memory import peak_memory, random_worker
 from meerkat.benchmarks.reference import option_batch, reference_step
-from meerkat.client import Client, Worker
+from meerkat.config import ModelSection, Runtime, TaskSection
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import packs
 from meerkat.data.sources import load_examples
-from meerkat.models import LoadedModel, cache_dir, load_model
-from meerkat.noise import SHARED
-from meerkat.objective import Objective
-from meerkat.protocol import LogEntry, RoundPlan
-from meerkat.recipe import ModelSection, Runtime, TaskSection
+from meerkat.federation.client import Client, Worker
+from meerkat.federation.messages import RoundPlan
+from meerkat.models import attention
+from meerkat.models.loading import LoadedModel, cache_dir, load_model
+from meerkat.models.objective import TextObjective
 from meerkat.tasks import resolve_task
+from meerkat.zo.log import Update
 
 __all__ = ["bench_step", "demo_examples", "measure_step", "padded_loss"]
 
 _WARM_UP_BATCHES = 6
 _MEMORY_BATCHES = 5
 _RATE = float(np.float32(1e-6))
+_EPSILON = 1e-3
+"""Of the reference; its time does not depend on it."""
 
 
 def bench_step(
@@ -114,11 +116,11 @@ def measure_step(
     worker = random_worker(loaded.model, loaded.fingerprint, objective, mask_density)
 
     # Half of the reference before and half after, since the machine may change in between.
-    others = [_reference(loaded, batch, worker.epsilon)] if reference else []
+    others = [_reference(loaded, batch, _EPSILON)] if reference else []
     taken = interleaved(_contenders(loaded, worker, batch), repeats)
     worker.space.restore()
     if reference:
-        others.append(_reference(loaded, batch, worker.epsilon))
+        others.append(_reference(loaded, batch, _EPSILON))
         figures["reference_seconds"] = min(others)
         figures["reference_over_step"] = figures["reference_seconds"] / taken["step"]
     if runtime.compile:
@@ -137,12 +139,12 @@ def measure_step(
 
 def _objective(
     loaded: LoadedModel, runtime: Runtime, examples: Sequence[Encoded], batch_size: int
-) -> tuple[Objective, dict[str, Any]]:
+) -> tuple[TextObjective, dict[str, Any]]:
     """The objective, warmed up where it is compiled, and what that took."""
     if runtime.compile:
         # Not `setdefault`: torch sets it to a folder of its own while transformers is imported.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
-    objective = Objective(loaded, runtime.tokens_per_pass, runtime.compile)
+    objective = TextObjective(loaded, runtime.tokens_per_pass, runtime.compile)
     figures: dict[str, Any] = {"compile": runtime.compile, "batch_size": batch_size}
     if runtime.compile:
         figures["compile_seconds"] = seconds(lambda: _warm_up(objective, examples, batch_size))
@@ -152,7 +154,7 @@ def _objective(
 def _contenders(
     loaded: LoadedModel, worker: Worker, batch: Sequence[Encoded]
 ) -> dict[str, Callable[[], float]]:
-    loss = worker.objective.loss
+    loss = worker.objective.losses
 
     def packed() -> float:
         with torch.compiler.set_stance("force_eager"):
@@ -173,7 +175,7 @@ def _contenders(
 def _stepper(worker: Worker, batch: Sequence[Encoded]) -> Callable[[], float]:
     """Seconds of a client's round of one step; each brings the log entry of the last."""
     client = Client(0, batch, len(batch), 0)
-    log: list[LogEntry] = []
+    log: list[Update] = []
 
     def step() -> float:
         round = len(log)
@@ -181,7 +183,7 @@ def _stepper(worker: Worker, batch: Sequence[Encoded]) -> Callable[[], float]:
 
         def answer() -> None:
             report, _ = client.answer(plan, worker)
-            log.append(LogEntry(round, 0, 0, SHARED, _RATE, report.scalars[0]))
+            log.extend(worker.algorithm.aggregate([report], _RATE))
 
         return seconds(answer)
 
@@ -236,12 +238,12 @@ def _plain(model: Any) -> Iterator[None]:
         model.set_attn_implementation(attention.NAME)
 
 
-def _warm_up(objective: Objective, examples: Sequence[Encoded], batch_size: int) -> None:
+def _warm_up(objective: TextObjective, examples: Sequence[Encoded], batch_size: int) -> None:
     """Passes over batches of several sizes and lengths, so no shape is taken for a constant."""
     for start in range(0, len(examples), batch_size):
         group = examples[start : start + batch_size]
         for size in {len(group), max(2, len(group) // 2)}:
-            objective.loss(group[:size])
+            objective.losses(group[:size])
 
 
 def _graphs() -> int:

@@ -14,10 +14,10 @@ from datasets.exceptions import DatasetsError
 from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
+from meerkat.config import MaskSection
 from meerkat.data.sources import demo_file
 from meerkat.errors import DataError
-from meerkat.noise import permutation
-from meerkat.recipe import MaskSection
+from meerkat.zo.noise import permutation
 
 __all__ = ["calibration_batches", "corpus_texts", "sequences"]
 

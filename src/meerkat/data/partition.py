@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from meerkat.config import Federation
 from meerkat.errors import DataError
-from meerkat.noise import permutation
-from meerkat.recipe import Federation
 from meerkat.tasks import Example
+from meerkat.zo.noise import permutation
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr-datasets reads it on import
 

@@ -12,10 +12,10 @@ import datasets
 import pandas
 from datasets.exceptions import DatasetsError
 
+from meerkat.config import TaskSection
 from meerkat.errors import DataError
-from meerkat.noise import permutation
-from meerkat.recipe import TaskSection
 from meerkat.tasks import Example, Task
+from meerkat.zo.noise import permutation
 
 __all__ = ["Split", "demo_file", "load_examples", "load_folder"]
 

@@ -1,21 +1,21 @@
-"""All clients in this process, one after the other, over the encoded messages of the wire."""
+"""Runs all clients in this process, one after the other, with encoded plans and reports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from meerkat.client import Client, Worker
-from meerkat.engines import Assignment, Outcome
-from meerkat.protocol import decode_plan, decode_report, encode_plan, encode_report
+from meerkat.engines.base import Assignment, Outcome
+from meerkat.federation.client import Client, Worker
+from meerkat.transport.messages import decode_plan, decode_report, encode_plan, encode_report
 
 __all__ = ["LocalEngine"]
 
 
 class LocalEngine:
-    """Simulates clients with one worker: one model and one θ, however many clients.
+    """Runs any number of clients with one worker, so with one model and one state.
 
     Args:
-        answered: Called after each client's answer, for progress.
+        answered: Called after each client's report, for progress.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class LocalEngine:
         return range(len(self._clients))
 
     def run(self, assignment: Assignment) -> Outcome:
-        """Each client answers its plan; what it reads and writes went through the encoding."""
+        """Each client answers its plan; plan and report are encoded and decoded as on the wire."""
         reports, losses, up, down = [], [], 0, 0
         for number, plan in assignment.plans.items():
             sent = encode_plan(plan)

@@ -1,1 +1,1 @@
-"""Flower carries a run: server app, client app, and the simulation from our own command line."""
+"""Runs over Flower: server app, client app, both transports, and simulation."""

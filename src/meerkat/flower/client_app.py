@@ -8,12 +8,15 @@ from dataclasses import asdict
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from meerkat.engines.flower import FRAMES, SESSION, pack, unpack
 from meerkat.errors import MeerkatError, ProtocolError
-from meerkat.participant import Node, Participant, told
-from meerkat.protocol import Failed, Setup, decode_down, encode
-from meerkat.streaming import Invitation, take_part
-from meerkat.terminal import quiet_libraries
+from meerkat.flower.transports import FRAMES, SESSION, pack, unpack
+from meerkat.node.config import NodeConfig
+from meerkat.node.session import ClientSession, public_message
+from meerkat.terminal.progress_bar import quiet_libraries
+from meerkat.transport.client_frames import Failed
+from meerkat.transport.frame import encode
+from meerkat.transport.server_frames import Setup, decode_down
+from meerkat.transport.stream import Invitation, join_session
 
 __all__ = ["app"]
 
@@ -39,7 +42,7 @@ def session(message: Message, context: Context) -> Message:
     """Open a stream to the server app and stay in it to the end of the run."""
     quiet_libraries()
     try:
-        participant = Participant(Node.of(context.node_config), _log.info)
+        participant = ClientSession(NodeConfig.of(context.node_config), _log.info)
         received = unpack(message.content)
         if len(received) != 1:
             raise ProtocolError(f"an invitation with {len(received)} frames; it has one")
@@ -48,7 +51,7 @@ def session(message: Message, context: Context) -> Message:
         participant.begin(setup)
         sent = message.content.config_records["meerkat"].get("invitation")
         invitation = Invitation.decode(sent if isinstance(sent, bytes) else b"")
-        summary = take_part(
+        summary = join_session(
             invitation, participant.answer, lambda: participant.begin(setup), _log.info
         )
     except MeerkatError as error:
@@ -61,7 +64,7 @@ def session(message: Message, context: Context) -> Message:
 
 def _answer(received: list[bytes], context: Context) -> list[bytes]:
     """A message starts with a setup, or goes on where the node's last one ended."""
-    participant = Participant(Node.of(context.node_config), _log.info)
+    participant = ClientSession(NodeConfig.of(context.node_config), _log.info)
     setup = next((data for data in received if isinstance(decode_down(data), Setup)), None)
     if setup is not None:
         answers = [participant.begin(_setup(setup))]
@@ -78,7 +81,7 @@ def _answer(received: list[bytes], context: Context) -> list[bytes]:
     return answers
 
 
-def _recall(participant: Participant, context: Context) -> bytes:
+def _recall(participant: ClientSession, context: Context) -> bytes:
     """Bring a participant to where the node was after its last message; the setup of then."""
     state = context.state.config_records.get(_STATE, ConfigRecord())
     setup, theta = state.get("setup"), state.get("theta")
@@ -99,4 +102,4 @@ def _setup(data: bytes) -> Setup:
 
 def _failed(error: MeerkatError) -> bytes:
     _log.error("%s", error)
-    return encode(Failed(told(error)))
+    return encode(Failed(public_message(error)))

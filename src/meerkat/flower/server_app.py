@@ -15,7 +15,10 @@ from flwr.superlink.grid import InMemoryGrid
 from meerkat.errors import MeerkatError
 from meerkat.flower.serving import serve
 from meerkat.flower.settings import read_settings
-from meerkat.terminal import Bar
+from meerkat.reporting.observer import ReportWriter
+from meerkat.runs.events import Observers
+from meerkat.runs.watching import ProgressObserver, SelectionWriter
+from meerkat.terminal.progress_bar import Bar
 
 __all__ = ["app"]
 
@@ -28,11 +31,15 @@ def main(grid: Grid, context: Context) -> None:
     try:
         settings = read_settings(context.run_config, Path(sys.path[0]))  # the unpacked app
         with Bar() as progress:
-            summary = serve(grid, settings, progress, isinstance(grid, InMemoryGrid))
+            observer = Observers([ProgressObserver(progress), SelectionWriter(), ReportWriter()])
+            simulated = isinstance(grid, InMemoryGrid)
+            summary = serve(grid, settings, observer, progress, simulated)
     except MeerkatError as error:
         # Flower tells that a run failed, but shows only what was printed.
         print(f"meerkat: {' '.join(str(error).split())}", flush=True)
         raise
-    for key in ("accuracy_before", "accuracy_after", "loss_after", "theta_digest"):
-        print(f"meerkat: {key} {summary[key]}", flush=True)
-    print(f"meerkat: {settings.out / 'report.html'}", flush=True)
+    for when in ("before", "after"):
+        for name, value in summary[when].items():
+            print(f"meerkat: {name} {when} {value}", flush=True)
+    print(f"meerkat: state_digest {summary['state_digest']}", flush=True)
+    print(f"meerkat: {settings.out}", flush=True)

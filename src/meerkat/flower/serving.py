@@ -1,40 +1,52 @@
-"""A run over Flower, seen from the server: its mask, its transport, its log."""
+"""The server of a run over Flower: finds the mask, makes the transport, opens server.log."""
 
 from __future__ import annotations
 
+import logging
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 
-from meerkat.directory import holds_run, mask_path
-from meerkat.engines.flower import FlowerMessages, FlowerStreams
+from meerkat.config import Recipe
 from meerkat.errors import MaskError, RecipeError
 from meerkat.flower.settings import Settings
-from meerkat.hosting import host, host_mask
-from meerkat.links import Link
-from meerkat.mask.file import Mask
+from meerkat.flower.transports import FlowerMessages, FlowerStreams
 from meerkat.progress import Progress
-from meerkat.protocol import Setup
-from meerkat.recipe import Recipe
-from meerkat.streaming import StreamHub
+from meerkat.runs.directory import holds_run, mask_path
+from meerkat.runs.events import RunObserver
+from meerkat.runs.remote_run import host, load_server_mask
+from meerkat.spaces.mask_file import Mask
 from meerkat.tasks import resolve_task
+from meerkat.tasks.metrics import METRICS, metric_names
+from meerkat.tasks.objective import Predictions
+from meerkat.transport.base import Transport
+from meerkat.transport.client_frames import Evaluation
+from meerkat.transport.frame import encode
+from meerkat.transport.server_frames import Setup
+from meerkat.transport.stream import StreamHub
 
-__all__ = ["serve"]
+__all__ = ["largest_client_frame", "serve"]
 
 Say = Callable[[str], None]
+
+_OTHER_BYTES = 64 * 1024
+"""More than the head of a report has, or any frame without scalars or sums."""
 
 
 def serve(
     grid: Grid,
     settings: Settings,
+    observer: RunObserver,
     progress: Progress,
     simulated: bool,
     stop: threading.Event | None = None,
@@ -46,49 +58,64 @@ def serve(
 
     Raises:
         RecipeError: The recipe does not fit how Flower runs here.
-        MeerkatError: See `hosting.host`.
+        MeerkatError: See `remote_run.host`.
     """
     recipe, out = settings.recipe, settings.out
     _transport(recipe, simulated)
     mask = _mask(settings, progress, simulated)
-    holdings: tuple[list[list[int]], str] = ([], "")
+    label_counts: tuple[list[list[int]], str] = ([], "")
     if simulated:
         _check_nodes(grid, recipe)
-        holdings = _holdings(recipe)
-    log = _Log(out, aloud=not simulated)
+        label_counts = _label_counts(recipe)
 
-    def connect(setup: Setup) -> Link:
-        if _transport(recipe, simulated) == "messages":
-            return FlowerMessages(grid, setup, stop, simulated)
-        return _streams(grid, recipe, setup, log)
+    with logged_to(out / "server.log", aloud=not simulated) as logger:
 
-    remember = not simulated
-    return host(recipe, out, mask, connect, progress, log, holdings, remember)
+        def connect(setup: Setup) -> Transport:
+            if _transport(recipe, simulated) == "messages":
+                return FlowerMessages(grid, setup, stop, simulated)
+            return _streams(grid, recipe, setup, logger.info)
+
+        return host(
+            recipe,
+            out,
+            mask,
+            connect,
+            observer,
+            progress,
+            logger.info,
+            label_counts,
+            remember=not simulated,
+        )
 
 
-class _Log:
-    """Lines with the time, to a file in the run's directory, and in a deployment to stdout."""
-
-    def __init__(self, directory: Path, aloud: bool):
-        self._path = directory / "server.log"
-        self._aloud = aloud
-
-    def __call__(self, line: str) -> None:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}"
-        if self._aloud:
-            print(line, flush=True)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+@contextmanager
+def logged_to(path: Path, aloud: bool) -> Iterator[logging.Logger]:
+    """The server's logger, whose lines go to a file with the time, and to stdout if wanted."""
+    logger = logging.getLogger("meerkat.server")
+    logger.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = [logging.FileHandler(path, encoding="utf-8", delay=True)]
+    if aloud:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield logger
+    finally:
+        logger.propagate = propagates
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 def _mask(settings: Settings, progress: Progress, simulated: bool) -> Mask:
     """The run's own mask, the one that is named, or in a simulation the one that is calibrated."""
     kept = mask_path(settings.out)
     if holds_run(settings.out) and kept.exists():
-        return host_mask(kept)
+        return load_server_mask(kept)
     if settings.mask is not None:
-        return host_mask(settings.mask)
+        return load_server_mask(settings.mask)
     if not simulated:
         raise MaskError(
             "--run-config mask is missing; a server has no model to calibrate with: make the mask "
@@ -105,7 +132,7 @@ def _calibrated(recipe: Recipe, progress: Progress) -> Mask:
     """
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "recipe.json", Path(scratch) / "mask.safetensors"
-        source.write_text(recipe.to_json())
+        source.write_text(recipe.to_json(), "utf-8")
         command = [sys.executable, "-m", "meerkat", "calibrate", str(source), "--out", str(target)]
         progress.start("Finding the mask", 1)
         done = subprocess.run(command, capture_output=True, text=True)
@@ -114,7 +141,7 @@ def _calibrated(recipe: Recipe, progress: Progress) -> Mask:
             reason = said[-1].removeprefix("meerkat: ") if said else done.stderr[-300:]
             raise MaskError(f"the mask could not be made: {reason}")
         progress.advance()
-        return host_mask(target)
+        return load_server_mask(target)
 
 
 def _check_nodes(grid: Grid, recipe: Recipe) -> None:
@@ -129,12 +156,15 @@ def _check_nodes(grid: Grid, recipe: Recipe) -> None:
         time.sleep(0.05)
 
 
-def _holdings(recipe: Recipe) -> tuple[list[list[int]], str]:
+def _label_counts(recipe: Recipe) -> tuple[list[list[int]], str]:
     """Who holds what; in a simulation the data are here."""
-    from meerkat.data.holdings import deal, holdings  # a deployed server needs none of it
+    from meerkat.data.clients import (  # a deployed server needs none of it
+        client_label_counts,
+        load_partition,
+    )
 
     task = resolve_task(recipe.task)
-    return holdings(task, *deal(recipe, task))
+    return client_label_counts(task, *load_partition(recipe, task))
 
 
 def _transport(recipe: Recipe, simulated: bool) -> str:
@@ -149,14 +179,25 @@ def _transport(recipe: Recipe, simulated: bool) -> str:
     return chosen
 
 
-def _streams(grid: Grid, recipe: Recipe, setup: Setup, say: Say) -> Link:
+def _streams(grid: Grid, recipe: Recipe, setup: Setup, say: Say) -> Transport:
     network = recipe.network
-    scalars = recipe.federation.local_steps * recipe.noise.perturbations
-    scalars = max(scalars, recipe.selection.calibration_steps * recipe.noise.perturbations)
-    hub = StreamHub(setup.session, network.listen, 64 * 1024 + 4 * scalars, network.insecure, say)
+    largest = largest_client_frame(recipe)
+    hub = StreamHub(setup.session, network.listen, largest, network.insecure, say)
     host_name = network.listen.rpartition(":")[0]
     if host_name in ("0.0.0.0", "[::]", ""):
         host_name = socket.getfqdn()
     address = network.address or f"{host_name}:{hub.port}"
     say(f"streams are taken at {network.listen.rpartition(':')[0]}:{hub.port}, as {address}")
     return FlowerStreams(grid, setup, hub, address, say)
+
+
+def largest_client_frame(recipe: Recipe) -> int:
+    """Bytes that no frame of a client of this run needs more than: a report, or an evaluation."""
+    steps = max(recipe.federation.local_steps, recipe.selection.calibration_steps)
+    report = 4 * steps * recipe.noise.perturbations
+    task = resolve_task(recipe.task)
+    one = np.zeros(1, np.int64)
+    found = Predictions(np.zeros(1), one, one, max(1, len(task.verbalizers)))
+    names = metric_names(recipe.evaluation.metrics, task.has_classes)
+    sums = {name: tuple(METRICS[name].sums(found).tolist()) for name in names}
+    return _OTHER_BYTES + max(report, len(encode(Evaluation(0, 1, sums))))

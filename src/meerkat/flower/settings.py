@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meerkat.directory import holds_run, recipe_of
+from meerkat.config import Recipe, load_recipe, parse_recipe
 from meerkat.errors import RecipeError
-from meerkat.recipe import Recipe, load_recipe, parse_recipe
+from meerkat.runs.directory import holds_run, recipe_of
 
 __all__ = ["Settings", "read_settings"]
 

@@ -20,17 +20,20 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from meerkat.directory import check_free
+from meerkat.config import Recipe
 from meerkat.flower.client_app import app as client_app
 from meerkat.flower.serving import serve
 from meerkat.flower.settings import Settings
 from meerkat.progress import Progress
-from meerkat.recipe import Recipe
+from meerkat.runs.directory import check_free
+from meerkat.runs.events import RunObserver
 
 __all__ = ["simulate"]
 
 
-def simulate(recipe: Recipe, directory: Path, progress: Progress, new: bool) -> dict[str, Any]:
+def simulate(
+    recipe: Recipe, directory: Path, observer: RunObserver, progress: Progress, new: bool
+) -> dict[str, Any]:
     """See a run through in Flower's simulation; its summary.
 
     Args:
@@ -43,11 +46,12 @@ def simulate(recipe: Recipe, directory: Path, progress: Progress, new: bool) -> 
     if new:
         check_free(directory)
     server, stop = ServerApp(), threading.Event()
+    settings = Settings(recipe, directory, None)
     found: dict[str, Any] = {}
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        found.update(serve(grid, Settings(recipe, directory, None), progress, True, stop))
+        found.update(serve(grid, settings, observer, progress, True, stop))
 
     if recipe.runtime.cache_dir is not None:  # the workers' caches, too
         os.environ["MEERKAT_CACHE"] = recipe.runtime.cache_dir

@@ -1,5 +1,5 @@
 """The append-only record of a run (SQLite, write-ahead log): replay and resume read it."""
 
-from meerkat.journal.record import Journal, replay
+from meerkat.journal.journal import Journal, replay
 
 __all__ = ["Journal", "replay"]

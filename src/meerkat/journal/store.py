@@ -6,22 +6,22 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 
-from meerkat.descent import Theta, digest
 from meerkat.errors import JournalError
-from meerkat.records import Header
+from meerkat.journal.records import Header
+from meerkat.zo.state import ModelState, Theta
 
-__all__ = ["Store", "link"]
+__all__ = ["FORMAT", "Store", "chain_digest"]
 
 _SCHEMA = """
 CREATE TABLE header (key TEXT PRIMARY KEY, value BLOB NOT NULL);
-CREATE TABLE rounds (round INTEGER PRIMARY KEY, entries BLOB NOT NULL, digest TEXT NOT NULL,
+CREATE TABLE rounds (round INTEGER PRIMARY KEY, updates BLOB NOT NULL, digest TEXT NOT NULL,
                      metrics TEXT NOT NULL, chain BLOB NOT NULL);
 CREATE TABLE reports (round INTEGER, client INTEGER, payload BLOB NOT NULL,
                       PRIMARY KEY (round, client)) WITHOUT ROWID;
@@ -29,11 +29,12 @@ CREATE TABLE evaluations (round INTEGER PRIMARY KEY, content TEXT NOT NULL);
 CREATE TABLE calibrations (client INTEGER PRIMARY KEY, payload BLOB NOT NULL, seal BLOB NOT NULL);
 CREATE TABLE decisions (made INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
 """
-_FORMAT = 2
+FORMAT = 3
+"""Version of the journal: its tables, header and codec."""
 
 
 class Store:
-    """An SQLite file with a header; `Journal` says what else is in it."""
+    """An SQLite file with the tables and header of a journal; `Journal` adds rounds."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
         self.path = path
@@ -54,7 +55,7 @@ class Store:
         with journal._writing() as connection:
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
-            content = json.dumps({"format": _FORMAT, **asdict(header)})
+            content = json.dumps({"format": FORMAT, **asdict(header)})
             rows = [("header", content), ("theta", theta.astype("<f4").tobytes())]
             connection.executemany("INSERT INTO header VALUES (?, ?)", rows)
         journal._chain = journal._header_digest()
@@ -73,6 +74,21 @@ class Store:
             return True
         finally:
             connection.close()
+
+    @classmethod
+    def check_version(cls, path: Path) -> None:
+        """Was a journal, if there is one, written by this version? Looks for no damage.
+
+        Raises:
+            JournalError: By another one.
+        """
+        if not cls.exists(path):
+            return
+        with (
+            closing(cls(path, sqlite3.connect(path, isolation_level=None))) as journal,
+            suppress(sqlite3.DatabaseError, KeyError, TypeError, ValueError),
+        ):
+            journal._read_header()
 
     def close(self) -> None:
         self._connection.close()
@@ -105,19 +121,27 @@ class Store:
         if self._header is None:
             rows = dict(self._connection.execute("SELECT key, value FROM header").fetchall())
             content = json.loads(rows["header"])
-            if content.pop("format") != _FORMAT:
-                raise JournalError(
-                    f"{self.path} was written by another version of Meerkat; use that one, or "
-                    "start the run again in another directory"
-                )
+            self._check_format(content.pop("format"))
             theta = np.frombuffer(rows["theta"], "<f4").astype(np.float32)
             self._header = Header(**content), theta
         return self._header
 
+    def _check_format(self, found: object) -> None:
+        if found == FORMAT:
+            return
+        if type(found) is not int:
+            raise ValueError(f"its format is {found!r}")
+        age = "an older" if found < FORMAT else "a newer"
+        raise JournalError(
+            f"{self.path} was written by {age} version of meerkat-fl (its format is {found}, this "
+            f"one reads {FORMAT}); go on with that version, or start the run again in another "
+            "directory"
+        )
+
     def _header_digest(self) -> bytes:
         if self._own is None:
             header, theta = self._read_header()
-            content = json.dumps(asdict(header), sort_keys=True) + digest(theta)
+            content = json.dumps(asdict(header), sort_keys=True) + ModelState(theta).digest
             self._own = hashlib.sha256(content.encode()).digest()
         return self._own
 
@@ -145,13 +169,13 @@ class Store:
             ) from None
 
 
-def link(
-    chain: bytes, number: int, entries: bytes, theta: str, payloads: list[tuple[int, bytes]]
+def chain_digest(
+    chain: bytes, number: int, updates: bytes, digest: str, payloads: list[tuple[int, bytes]]
 ) -> bytes:
-    """The chained digest of a round: over the one before, its entries, its θ and its reports."""
+    """The chained digest of a round: over that before, its updates, its digest and its reports."""
     content = hashlib.sha256(chain)
-    content.update(f"{number} {theta} {len(entries)}\n".encode())
-    content.update(entries)
+    content.update(f"{number} {digest} {len(updates)}\n".encode())
+    content.update(updates)
     for client, payload in payloads:
         content.update(f"{client} {len(payload)}\n".encode())
         content.update(payload)

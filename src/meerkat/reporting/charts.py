@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import altair as alt
 
-from meerkat.records import Evaluated, Header
-from meerkat.reporting.curves import accuracy, axes, loss
+from meerkat.journal.records import Evaluated, Header
+from meerkat.reporting.curves import axes, loss, scores
 from meerkat.reporting.figure import (
     INK,
     LABEL_COLOURS,
@@ -32,7 +32,8 @@ from meerkat.reporting.stopping import Paths, Stopping
 __all__ = ["FIGURES", "draw"]
 
 FIGURES = (
-    *("loss", "accuracy", "loss-by-bytes", "accuracy-by-bytes"),
+    *("loss", "accuracy", "scores"),
+    *("loss-by-bytes", "accuracy-by-bytes", "scores-by-bytes"),
     *("gradip", "selection", "gradip-norm", "gradip-cosine"),
     *("clients", "mask"),
 )
@@ -57,7 +58,7 @@ def draw(
     """
     found: list[Figure | None] = []
     for axis in axes(sent):
-        found += [loss(axis, losses, evaluations), accuracy(axis, evaluations)]
+        found += [loss(axis, losses, evaluations), *scores(axis, evaluations)]
     if stopping is not None:
         drawn = draw_paths(paths) if paths is not None else []
         found += [*drawn[:1], draw_scatter(stopping.last), *drawn[1:]]

@@ -1,4 +1,4 @@
-"""The pictures over the course of a run: loss and accuracy, by round and by bytes sent."""
+"""The pictures over the course of a run: loss and other metrics, by round and by bytes sent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Literal
 
 import altair as alt
 
-from meerkat.records import Evaluated
+from meerkat.journal.records import Evaluated
 from meerkat.reporting.figure import (
     BLUE,
     GREEN,
+    LABEL_COLOURS,
     PALE_BLUE,
     VERMILLION,
     Chart,
@@ -25,13 +26,16 @@ from meerkat.reporting.figure import (
     running_mean,
     thin,
 )
+from meerkat.reporting.run_view import Score, scores_in
 
-__all__ = ["Axis", "accuracy", "axes", "loss"]
+__all__ = ["Axis", "axes", "loss", "scores"]
 
 _HEIGHT = 280
 _POINTS = 1000
 _DOTTED = 30
 """Lines of at most so many points have a dot at each; longer training has a running mean."""
+_SCORE_COLOURS = tuple(dict.fromkeys((VERMILLION, GREEN, BLUE, *LABEL_COLOURS)))
+"""Colours of the metrics in one picture, in their order; with more metrics they repeat."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) 
     places = thin(len(losses), _POINTS)
     window = max(5, len(losses) // 20) if len(losses) > _DOTTED else 1
     mean = running_mean(losses, window)
+    held_out = ((axis.at[e.round], e.metrics["loss"]) for e in _few(evaluations))
     lines = [
-        _line("held-out", VERMILLION, ((axis.at[e.round], e.loss) for e in _few(evaluations))),
+        _line("held-out", VERMILLION, held_out),
         _line(
             f"training, mean of {window} rounds" if window > 1 else "training",
             BLUE,
@@ -89,10 +94,10 @@ def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) 
         ),
     ]
     names = ("held-out loss", "training loss" + f" (mean of {window} rounds)" * (window > 1))
-    told = [
+    courses = [
         f"{name} {line.course('.3f')}" for name, line in zip(names, lines, strict=True) if line.rows
     ]
-    if not told:
+    if not courses:
         return None
     if window > 1:
         each = ((axis.at[r], losses[r]) for r in places)
@@ -100,31 +105,56 @@ def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) 
     chart = _drawn(axis, f"Loss by {axis.heading}", "mean loss of an example (nats)", lines, ".3f")
     return Figure(
         name=f"loss{axis.suffix}",
-        sentence=f"By {axis.heading}: {'; '.join(told)}"
+        sentence=f"By {axis.heading}: {'; '.join(courses)}"
         + left_out(len(losses), len(places), "rounds"),
         chart=chart,
     )
 
 
-def accuracy(axis: Axis, evaluations: Sequence[Evaluated]) -> Figure | None:
-    """Held-out accuracy and macro F1; None for free text."""
-    shown = _few(evaluations)
+def scores(axis: Axis, evaluations: Sequence[Evaluated]) -> list[Figure]:
+    """The held-out metrics besides the loss, one line for each; no picture without a value.
+
+    The picture "accuracy" has those that are shown in percent, the picture "scores" the others.
+    """
+    found = scores_in(evaluations)
+    drawn = (
+        _scores("accuracy", axis, evaluations, [score for score in found if score.percent]),
+        _scores("scores", axis, evaluations, [score for score in found if not score.percent]),
+    )
+    return [figure for figure in drawn if figure is not None]
+
+
+def _scores(
+    name: str, axis: Axis, evaluations: Sequence[Evaluated], shown: Sequence[Score]
+) -> Figure | None:
+    """One picture of metrics that share a unit: all of `shown` are in percent, or none is."""
+    percent = all(score.percent for score in shown)
+    size, unit, sentence_unit = (100, " (%)", " percent") if percent else (1, "", "")
+    few = _few(evaluations)
     lines = [
-        _line(name, colour, ((axis.at[r], 100 * y) for r, y in values if y is not None))
-        for name, colour, values in (
-            ("accuracy", VERMILLION, [(e.round, e.accuracy) for e in shown]),
-            ("macro F1", GREEN, [(e.round, e.macro_f1) for e in shown]),
+        _line(
+            score.title,
+            _SCORE_COLOURS[place % len(_SCORE_COLOURS)],
+            (
+                (axis.at[e.round], size * e.metrics[score.name])
+                for e in few
+                if score.name in e.metrics
+            ),
         )
+        for place, score in enumerate(shown)
     ]
-    if not lines[0].rows:
+    lines = [line for line in lines if line.rows]
+    if not lines:
         return None
-    told = "; ".join(f"{line.name} {line.course('.1f')} percent" for line in lines if line.rows)
+    # The two notations of one format: Python drops trailing zeros of "g" by itself, D3 by "~".
+    form, d3_form = (".1f", ".1f") if percent else (".4g", ".4~g")
+    what = lines[0].name if percent or len(lines) == 1 else "scores"
+    courses = "; ".join(f"{line.name} {line.course(form)}{sentence_unit}" for line in lines)
+    heading, title = f"Held-out {what} by {axis.heading}", f"held-out score{unit}"
     return Figure(
-        name=f"accuracy{axis.suffix}",
-        sentence=f"By {axis.heading}: held-out {told}.",
-        chart=_drawn(
-            axis, f"Held-out accuracy by {axis.heading}", "held-out score (%)", lines, ".1f"
-        ),
+        name=f"{name}{axis.suffix}",
+        sentence=f"By {axis.heading}: held-out {courses}.",
+        chart=_drawn(axis, heading, title, lines, d3_form),
     )
 
 

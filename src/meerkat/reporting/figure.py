@@ -37,7 +37,6 @@ __all__ = [
     "plural",
     "rimmed",
     "running_mean",
-    "safe",
     "short",
     "tally",
     "thin",
@@ -182,18 +181,13 @@ def plural(count: int, noun: str) -> str:
 
 
 def left_out(count: int, shown: int, noun: str) -> str:
-    """The end of a caption, which says if not all is drawn."""
+    """The end of a caption, with the number of items drawn if that is not all of them."""
     return "." if shown == count else f" (drawn are {shown:,} of {count:,} {noun})."
 
 
 def plain(text: str) -> str:
     """Text without what XML and UTF-8 cannot hold; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
-def safe(text: object) -> str:
-    """Text for HTML, whatever it holds."""
-    return html.escape(plain(str(text)))
 
 
 def label_names(labels: Sequence[str], count: int) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import altair as alt
 
+from meerkat.federation.selection import Signal
 from meerkat.reporting.figure import (
     GREY,
     INK,
@@ -23,7 +24,6 @@ from meerkat.reporting.figure import (
     thin,
 )
 from meerkat.reporting.stopping import DRAWN, Kind, Paths
-from meerkat.server.selection import Signal
 
 __all__ = ["EXTREME", "OTHERS", "draw_paths", "group_colour", "told_extreme"]
 

@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 
 import altair as alt
 
+from meerkat.federation.selection import Decision
+from meerkat.federation.thresholds import EVERYTHING, LARGEST, Thresholds
 from meerkat.reporting.figure import (
     INK,
     Chart,
@@ -26,8 +28,6 @@ from meerkat.reporting.figure import (
     thin,
 )
 from meerkat.reporting.paths import EXTREME, OTHERS, group_colour, told_extreme
-from meerkat.server.selection import Decision
-from meerkat.server.thresholds import EVERYTHING, LARGEST, Thresholds
 
 __all__ = ["draw_scatter"]
 

@@ -1,8 +1,7 @@
-"""What a report tells of early stopping: what was decided, and the paths that this was seen by."""
+"""Data of the report's early stopping section: decisions, and the clients' calibration paths."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,18 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from meerkat.descent import Theta
-from meerkat.errors import MaskError, RecipeError
+from meerkat.config import Recipe
+from meerkat.errors import JournalError, MaskError
+from meerkat.federation.gradip import GradIPScorer, magnitudes
+from meerkat.federation.messages import ClientReport
+from meerkat.federation.schedule import Schedule
+from meerkat.federation.selection import Decision, Signal, Source
 from meerkat.journal import Journal
-from meerkat.mask.file import load_mask
-from meerkat.protocol import ClientReport
-from meerkat.recipe import Recipe, parse_recipe
-from meerkat.records import Header
+from meerkat.journal.records import Header
 from meerkat.reporting.figure import thin
-from meerkat.server.gradip import Compass, magnitudes
-from meerkat.server.selection import Decision, Signal, Source
-from meerkat.trajectories import calibration_reports
+from meerkat.runs.trajectories import calibration_reports
+from meerkat.spaces.mask_file import load_mask
+from meerkat.zo.state import Theta
 
 __all__ = ["DRAWN", "Kind", "Made", "Paths", "Stopping", "read_paths", "read_stopping"]
 
@@ -90,11 +90,12 @@ def read_paths(directory: Path, journal: Journal, decision: Decision) -> Paths |
     Without p, which is in the run's mask, GradIP is not known, and the signal is |g|.
     """
     try:
-        recipe = parse_recipe(json.loads(journal.header.recipe))
-    except RecipeError:
+        recipe = journal.header.parsed
+    except JournalError:  # of another version
         return None
-    chosen = set(_chosen(decision, DRAWN if journal.header.shared else _COSTLY))
-    reports = [r for r in calibration_reports(journal, recipe) if r.client in chosen]
+    shared = recipe.noise.directions == "shared"
+    chosen = set(_chosen(decision, DRAWN if shared else _COSTLY))
+    reports = [r for r in calibration_reports(journal, Schedule.of(recipe)) if r.client in chosen]
     if not reports:
         return None
     p, thresholds = _gradient(directory, journal.header), decision.thresholds
@@ -132,7 +133,7 @@ def _curves(
         curves["projected-gradient"] = {r.client: magnitudes([r])[0] for r in reports}
     if gradient is None:
         return curves
-    for found in Compass(gradient, header.directions).stream(reports):
+    for found in GradIPScorer(gradient, header.algorithm.stream).stream(reports):
         for row, client in enumerate(found.clients.tolist()):
             taken = slice(0, int(found.steps[row]))
             if "projected-gradient" not in curves:

@@ -6,20 +6,17 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from meerkat.config import TaskSection
 from meerkat.errors import DataError
-from meerkat.recipe import TaskSection
-from meerkat.tasks import ag_news, boolq, demo, rotten_tomatoes, rte, sst2, wic, wsc, yelp
 from meerkat.tasks.base import FILE_SUFFIXES, Example, Task
+from meerkat.tasks.registry import TASKS
 
 __all__ = ["Example", "Task", "resolve_task", "task_names"]
-
-_MODULES = (ag_news, boolq, demo, rotten_tomatoes, rte, sst2, wic, wsc, yelp)
-_TASKS = {module.TASK.name: module.TASK for module in _MODULES}
 
 
 def task_names() -> tuple[str, ...]:
     """Names that `task.name` may have."""
-    return (*sorted(_TASKS), "custom")
+    return (*sorted(TASKS), "custom")
 
 
 def resolve_task(section: TaskSection) -> Task:
@@ -28,13 +25,13 @@ def resolve_task(section: TaskSection) -> Task:
     Raises:
         DataError: The name is not registered, or a custom task lacks what it needs.
     """
-    if section.name != "custom" and section.name not in _TASKS:
+    if section.name != "custom" and section.name not in TASKS:
         raise DataError(f"task.name = {section.name!r}: known tasks are {', '.join(task_names())}")
     if section.name == "custom":
         _require(section)
         task = Task("custom", source="", prompt="")
     else:
-        task = _TASKS[section.name]
+        task = TASKS[section.name]
     task = dataclasses.replace(task, **_overrides(section))
     try:
         fields = task.fields

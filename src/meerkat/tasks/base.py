@@ -1,4 +1,4 @@
-"""What a task is: where its examples are, how they are shown, what the model should say."""
+"""A task: source of its examples, prompt template, and verbalizers or answer column."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Task:
     prompt: str
     """Template with `{column}` fields; the model's answer follows it."""
     verbalizers: tuple[str, ...] = ()
-    """What the model should say, in the order of `labels`."""
+    """The answer for each label, in the order of `labels`."""
     labels: tuple[str, ...] = ()
     """Values of the label column, as text; empty means 0, 1, … in verbalizer order."""
     label: str = "label"
@@ -49,6 +49,11 @@ class Task:
     @property
     def cut_field(self) -> str:
         return self.cut or self.fields[0]
+
+    @property
+    def has_classes(self) -> bool:
+        """Is it a classification, and not free text?"""
+        return self.answer is None
 
     @property
     def label_names(self) -> tuple[str, ...]:

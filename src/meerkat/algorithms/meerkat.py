@@ -1,0 +1,67 @@
+"""Meerkat: zeroth-order local steps along the recipe's directions, averaged by the server.
+
+Full-FedZO, weight magnitude, random and union masks are this algorithm over another mask.
+Meerkat-vp adds early stopping, which `selection` says.
+"""
+
+from __future__ import annotations
+
+from meerkat.algorithms.zeroth_order import ZerothOrder
+from meerkat.config import Recipe
+from meerkat.errors import RecipeError
+from meerkat.federation.aggregators import AGGREGATORS
+from meerkat.federation.transforms import TRANSFORMS
+from meerkat.registry import build
+from meerkat.zo.directions import PerturbationStream
+from meerkat.zo.estimators import ESTIMATORS
+from meerkat.zo.key_schemes import KEY_SCHEMES
+from meerkat.zo.update_rules import UPDATE_RULES
+
+__all__ = ["meerkat"]
+
+
+def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
+    """All choices as the recipe has them.
+
+    Raises:
+        RecipeError: A choice is not known, or does not fit the others.
+    """
+    noise, optimizer, federation = recipe.noise, recipe.optimizer, recipe.federation
+    estimator = build(
+        ESTIMATORS,
+        optimizer.estimator.kind,
+        optimizer.estimator.options,
+        "optimizer.estimator",
+    )
+    if noise.perturbations < estimator.fewest_directions:
+        raise RecipeError(
+            f"optimizer.estimator = {optimizer.estimator.kind!r} needs at least "
+            f"{estimator.fewest_directions} directions, and noise.perturbations is "
+            f"{noise.perturbations}; raise it"
+        )
+    shared = noise.directions == "shared"
+    if not shared and federation.aggregator.kind != "mean":
+        # Each client's coefficient is an entry of its own then: an aggregator would see none.
+        raise RecipeError(
+            f"federation.aggregator = {federation.aggregator.kind!r} needs a direction that all "
+            f"clients share, and noise.directions is {noise.directions!r}; take 'mean', or share "
+            "the directions"
+        )
+    keys = build(KEY_SCHEMES, noise.keys.kind, noise.keys.options, "noise.keys")
+    return ZerothOrder(
+        stream=PerturbationStream(recipe.seed, n, noise.kind, shared, noise.perturbations, keys),
+        rule=build(UPDATE_RULES, optimizer.rule.kind, optimizer.rule.options, "optimizer.rule"),
+        estimator=estimator,
+        epsilon=recipe.epsilon,
+        transforms=tuple(
+            build(TRANSFORMS, choice.kind, choice.options, "federation.transforms")
+            for choice in federation.transforms
+        ),
+        aggregator=build(
+            AGGREGATORS,
+            federation.aggregator.kind,
+            federation.aggregator.options,
+            "federation.aggregator",
+        ),
+        weighting=federation.weighting,
+    )

@@ -1,0 +1,36 @@
+"""The schema of a run: TOML in, validated frozen objects out."""
+
+from meerkat.config.reading import load_recipe, parse_recipe
+from meerkat.config.schema import Recipe
+from meerkat.config.sections import (
+    Choice,
+    Evaluation,
+    Federation,
+    MaskSection,
+    ModelSection,
+    Network,
+    Noise,
+    Optimizer,
+    Partition,
+    Runtime,
+    Selection,
+    TaskSection,
+)
+
+__all__ = [
+    "Choice",
+    "Evaluation",
+    "Federation",
+    "MaskSection",
+    "ModelSection",
+    "Network",
+    "Noise",
+    "Optimizer",
+    "Partition",
+    "Recipe",
+    "Runtime",
+    "Selection",
+    "TaskSection",
+    "load_recipe",
+    "parse_recipe",
+]

@@ -1,0 +1,103 @@
+"""TOML → a validated recipe, or one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from meerkat.config.schema import Recipe
+from meerkat.errors import RecipeError
+
+__all__ = ["load_recipe", "parse_recipe"]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a TOML (or JSON) file and apply `key=value` overrides.
+
+    Raises:
+        RecipeError: The file is missing or malformed, or a field is not valid.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.exists():
+        raise RecipeError(f"recipe {path}: no such file")
+    try:
+        text = path.read_text("utf-8")
+        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"recipe {path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    return parse_recipe(data, overrides, origin=str(path))
+
+
+def parse_recipe(
+    data: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "recipe"
+) -> Recipe:
+    """Validate a nested mapping as a recipe.
+
+    Raises:
+        RecipeError: One line that names the first field that is wrong, its value and the way out.
+
+    >>> data = {"model": {"name": "gpt2"}, "task": {"name": "sst2"}}
+    >>> parse_recipe(data, ["federation.clients=4", "federation.rounds=2"]).federation.rounds
+    2
+    """
+    merged = json.loads(json.dumps(data, default=str))
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        return Recipe.model_validate_json(json.dumps(merged), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: {_one_line(error)}") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in place; the value is read as TOML, else taken as a string."""
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override!r}: write it as section.field=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for part in parts[:-1]:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"--set {override!r}: {part} is a value, not a section")
+    data[parts[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first error of pydantic's list, as field, value and way out."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    # Branches of a union carry their type's name behind the field; no field has such a name.
+    named = [part for part in location if part.isidentifier() or part.isdigit()]
+    field = ".".join(part for part in named if part not in ("bool", "int", "float", "str"))
+    kind, value = first["type"], first["input"]
+    if kind == "missing":
+        return f"{field} is missing; add it"
+    if kind == "extra_forbidden":
+        section = _section(location[:-1])
+        near = ", ".join(section.model_fields) if section else ""
+        return f"{field} = {value!r} is not a known key; known here: {near}"
+    if kind == "value_error":
+        return str(first["ctx"]["error"])
+    # Each branch of a union has its own complaint, one behind the other.
+    same = [e["msg"] for e in error.errors() if e["loc"][: len(location) - 1] == first["loc"][:-1]]
+    wanted = same if location[-1] != field.rpartition(".")[2] else [first["msg"]]
+    return f"{field} = {value!r}: " + ", or ".join(f"{m[0].lower()}{m[1:]}" for m in wanted)
+
+
+def _section(location: Sequence[str]) -> type[BaseModel] | None:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        section = annotation
+    return section

@@ -1,0 +1,145 @@
+"""A whole recipe: its sections together, what holds between them, and what follows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, model_validator
+
+from meerkat.config.sections import (
+    Choice,
+    Evaluation,
+    Federation,
+    MaskSection,
+    ModelSection,
+    Network,
+    Neutral,
+    Noise,
+    Optimizer,
+    Runtime,
+    Section,
+    Seed,
+    Selection,
+    TaskSection,
+)
+
+__all__ = ["Recipe"]
+
+
+class Recipe(Section):
+    """A whole run. `Recipe.fingerprint` names it."""
+
+    algorithm: Annotated[str, Neutral("meerkat")] = "meerkat"
+    """The method: see `algorithms`."""
+    model: ModelSection
+    task: TaskSection
+    federation: Federation
+    mask: MaskSection = MaskSection()
+    optimizer: Optimizer = Optimizer()
+    noise: Noise = Noise()
+    evaluation: Evaluation = Evaluation()
+    selection: Selection = Selection()
+    runtime: Runtime = Runtime()
+    network: Network = Network()
+    seed: Seed = 0
+    """Seed of noise, partition, client sampling and data order."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        sampled, clients = self.federation.clients_per_round, self.federation.clients
+        if sampled is not None and sampled > clients:
+            raise ValueError(
+                f"federation.clients_per_round = {sampled} is more than federation.clients = "
+                f"{clients}; lower it"
+            )
+        extreme = self.federation.partition.extreme
+        if extreme >= clients:
+            raise ValueError(
+                f"federation.partition.extreme = {extreme} leaves none of federation.clients = "
+                f"{clients} for the partition; lower it, or take kind = 'single-label'"
+            )
+        if self.task.verbalizers is not None and self.task.answer is not None:
+            raise ValueError(
+                "task.verbalizers and task.answer exclude each other: verbalizers are for "
+                "classification, answer is for free text"
+            )
+        quorum = self.network.quorum
+        if quorum is not None and quorum > self.clients_per_round:
+            raise ValueError(
+                f"network.quorum = {quorum} is more than the {self.clients_per_round} clients that "
+                "a round samples; lower it"
+            )
+        self._check_selection()
+        return self
+
+    def _check_selection(self) -> None:
+        chosen, clients = self.selection, self.federation.clients
+        for kind, field, given in (
+            ("random", "count", chosen.count is not None),
+            ("list", "clients", bool(chosen.clients)),
+        ):
+            if given != (chosen.kind == kind):
+                raise ValueError(
+                    f"selection.{field} goes with selection.kind = {kind!r}, which is "
+                    f"{chosen.kind!r}: " + ("leave it out" if given else "add it")
+                )
+        if chosen.count is not None and chosen.count > clients:
+            raise ValueError(
+                f"selection.count = {chosen.count} is more than federation.clients = {clients}; "
+                "lower it"
+            )
+        unknown = [client for client in chosen.clients if client >= clients]
+        if unknown:
+            raise ValueError(
+                f"selection.clients: {unknown[0]} is no client of federation.clients = {clients}, "
+                "who are numbered from 0; leave it out"
+            )
+        for field, wants in (("action", chosen.action != "stop"), ("every", chosen.every > 0)):
+            if wants and chosen.kind != "gradip":
+                raise ValueError(
+                    f"selection.{field} = {getattr(chosen, field)!r} needs paths to judge by; "
+                    "set selection.kind = 'gradip'"
+                )
+
+    @property
+    def epsilon(self) -> float:
+        """ε after `auto` (method.md section 3, Precision)."""
+        if self.optimizer.epsilon == "auto":
+            return 1e-3 if self.model.dtype == "float32" else 3e-3
+        return self.optimizer.epsilon
+
+    @property
+    def clients_per_round(self) -> int:
+        return self.federation.clients_per_round or self.federation.clients
+
+    @property
+    def quorum(self) -> int:
+        """Fewest reports that close a round."""
+        return self.network.quorum or self.clients_per_round // 2 + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides what a run computes."""
+        science = self.model_dump(mode="json", exclude={"runtime", "network"})
+        content = json.dumps(_without_neutral(type(self), science), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2)
+
+
+def _without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[str, Any]:
+    """What a section was dumped to, less the later fields that have their neutral values."""
+    kept = {}
+    for name, field in section.model_fields.items():
+        if name not in dumped:
+            continue
+        value, kind = dumped[name], field.annotation
+        if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
+            continue
+        if isinstance(kind, type) and issubclass(kind, Section) and kind is not Choice:
+            value = _without_neutral(kind, value)
+        kept[name] = value
+    return kept

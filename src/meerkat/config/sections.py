@@ -1,0 +1,295 @@
+"""The sections of a recipe and their fields.
+
+Each field is documented here and nowhere else. All of a recipe but `[runtime]` and `[network]` is
+part of the run's fingerprint: `[runtime]` may change how fast a run is, never what it computes, and
+`[network]` who can take part, which the journal records.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+
+__all__ = [
+    "Choice",
+    "Evaluation",
+    "Federation",
+    "MaskSection",
+    "ModelSection",
+    "Network",
+    "Neutral",
+    "Noise",
+    "Optimizer",
+    "Partition",
+    "Runtime",
+    "Section",
+    "Seed",
+    "Selection",
+    "TaskSection",
+]
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Marks a field that was added after runs had been made without it.
+
+    Where it has this value, a run computes what it computed before there was the field, so it is
+    left out of the fingerprint, and fingerprints of existing runs stay what they were.
+    """
+
+    value: Any
+
+
+class Choice(Section):
+    """One of several registered things by name: `"sgd"`, or `{ kind = "momentum", decay = 0.9 }`.
+
+    What is registered says which options there are.
+    """
+
+    kind: str
+    options: dict[str, bool | int | float | str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        if isinstance(value, dict) and "options" not in value:
+            options = {key: option for key, option in value.items() if key != "kind"}
+            return {**({"kind": value["kind"]} if "kind" in value else {}), "options": options}
+        return value
+
+    @model_serializer
+    def _write(self) -> str | dict[str, Any]:
+        return {"kind": self.kind, **self.options} if self.options else self.kind
+
+
+class ModelSection(Section):
+    name: str
+    """Hub id, folder, `.gguf` file, or `demo:gemma-3-270m`."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the model's weights and activations; θ is float32 in either case."""
+
+
+class MaskSection(Section):
+    kind: Literal["sensitivity", "magnitude", "random", "full", "union"] = "sensitivity"
+    """How the mask is found: pre-training gradients (the method), weight magnitude, uniformly at
+    random, every eligible parameter, or the union of masks from the clients' own data."""
+    density: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    """Share u of the eligible parameters that may move."""
+    score: Literal["mean_square", "squared_mean"] = "mean_square"
+    """Average of squared gradients (the paper), or square of the averaged gradient."""
+    scope: Literal["global", "tensor"] = "global"
+    """One top-n over all eligible tensors, or the top share u inside each tensor."""
+    include: tuple[str, ...] = ()
+    """Globs of parameter names; empty means the weight matrices of the decoder blocks."""
+    exclude: tuple[str, ...] = ()
+    """Globs of parameter names to leave out of what `include` gives."""
+    corpus: str | tuple[str, ...] = "demo"
+    """`demo`, a hub id, or text files, for calibration."""
+    corpus_config: str | None = None
+    """Configuration of a hub corpus, such as `en` for `allenai/c4`."""
+    corpus_split: str = "train"
+    """Split of a hub corpus."""
+    corpus_column: str = "text"
+    """Column of a hub corpus that holds the text."""
+    batches: Count = 24
+    """Calibration batches B."""
+    batch_size: Count = 8
+    """Sequences in a calibration batch."""
+    sequence_length: Annotated[int, Field(ge=2, lt=2**20)] = 128
+    """Tokens of a calibration sequence."""
+    seed: Seed = 0
+    """Order of the corpus, and the random mask."""
+    file: str | None = None
+    """A mask file to use instead of calibrating; it must have been made for this model."""
+
+
+class TaskSection(Section):
+    name: str
+    """A registered task, or `custom`."""
+    source: str | None = None
+    """Where the examples are, if not where the task says: a hub id, a folder, or one file."""
+    source_config: str | None = None
+    """Configuration of a hub data set, if not the task's."""
+    train_split: str | None = None
+    """Split to train on, if not the task's."""
+    test_split: str | None = None
+    """Split to evaluate on, if not the task's; without one, a part of the training split."""
+    prompt: str | None = None
+    """Template with `{column}` fields, if not the task's."""
+    label: str | None = None
+    """Column of the label, if not the task's."""
+    verbalizers: tuple[str, ...] | dict[str, str] | None = None
+    """The answer for each label: in label order, or by label."""
+    answer: str | None = None
+    """Column of a free-text answer; the loss is then the mean token loss over it."""
+    cut: str | None = None
+    """The field that is shortened when an example is longer than `max_length`."""
+    max_length: Annotated[int, Field(ge=8, lt=2**20)] = 256
+    """Longest example in tokens."""
+    train_examples: Count | None = None
+    """Use at most this many training examples."""
+    seed: Seed = 0
+    """Which examples are held out, and which are used where there are more than asked for."""
+
+
+class Partition(Section):
+    kind: Literal["iid", "dirichlet", "pathological", "single-label"] = "iid"
+    """How the examples are split over the clients."""
+    alpha: Positive = 0.5
+    """Concentration of the Dirichlet distribution."""
+    labels_per_client: Count = 1
+    """Labels that a client holds in a pathological partition."""
+    min_size: Count = 1
+    """Fewest examples that a client may hold."""
+    extreme: Annotated[int, Field(ge=0)] = 0
+    """Clients, the last ones, that hold an equal share of a single label each, the labels in
+    turn from the one that `seed` says; the other clients share the rest as `kind` says."""
+
+
+class Federation(Section):
+    clients: Annotated[int, Field(ge=1, lt=2**32 - 2)]
+    """Clients K."""
+    rounds: Count
+    """Rounds R."""
+    local_steps: Annotated[int, Field(ge=1, lt=2**16)] = 1
+    """Local steps T in a round; 1 is high frequency."""
+    clients_per_round: Count | None = None
+    """Clients that are sampled for a round; all by default."""
+    batch_size: Count = 16
+    """Examples behind one local step."""
+    weighting: Literal["uniform", "examples"] = "uniform"
+    """Aggregation weights p_k: equal, or by the examples that a client holds."""
+    aggregator: Annotated[Choice, Neutral("mean")] = Choice(kind="mean")
+    """How the coefficients of a round's clients become one: see `federation.aggregators`."""
+    transforms: Annotated[tuple[Choice, ...], Neutral([])] = ()
+    """What happens to coefficients on the client before they are applied and reported, in this
+    order: see `federation.transforms`."""
+    partition: Partition = Partition()
+    """How the examples are split."""
+
+
+class Optimizer(Section):
+    rule: Annotated[Choice, Neutral("sgd")] = Choice(kind="sgd")
+    """The update rule: `sgd` (the method), `momentum` or `adam`; see `zo.update_rules`."""
+    estimator: Annotated[Choice, Neutral("two-point")] = Choice(kind="two-point")
+    """From losses to coefficients: `two-point` (the method), `one-sided` or `one-sided-mean`; see
+    `zo.estimators`."""
+    learning_rate: Positive = 1e-4
+    """Learning rate η."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How η goes over the rounds; linear and cosine end at zero after the last."""
+    epsilon: Literal["auto"] | Positive = "auto"
+    """Perturbation size ε; `auto` is 1e-3 in float32 and 3e-3 in bfloat16."""
+
+
+class Noise(Section):
+    kind: Literal["gaussian", "rademacher"] = "gaussian"
+    """Distribution of z."""
+    directions: Literal["shared", "per-client"] = "shared"
+    """One z for all clients of a step, or one for each client."""
+    perturbations: Annotated[int, Field(ge=1, lt=2**8)] = 1
+    """Directions that a step averages over."""
+    keys: Annotated[Choice, Neutral("fresh")] = Choice(kind="fresh")
+    """Where directions come from: `fresh` for each step, or a finite `pool` (FedKSeed)."""
+
+
+class Evaluation(Section):
+    metrics: Annotated[tuple[str, ...], Neutral([])] = ()
+    """Metrics besides the loss, by name; empty means those of the kind of task. See
+    `tasks.metrics`."""
+    examples: Count = 512
+    """Held-out examples; fewer where the data set has fewer."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate after every so many rounds, besides before and after; 0 is never."""
+
+
+class Selection(Section):
+    kind: Literal["none", "gradip", "random", "list"] = "none"
+    """Which clients are stopped early: nobody (Meerkat), those whose virtual paths are extreme
+    (Meerkat-vp), `count` clients at random (the ablation), or `clients`."""
+    calibration_steps: Annotated[int, Field(ge=2, lt=2**16)] = 100
+    """T_cali, local steps from the initial θ that each client is judged by."""
+    apply: bool = False
+    """Keep the calibration's update: it is then round 0. Otherwise it is discarded, and the
+    data pointer goes back to where it was."""
+    signal: Literal["projected-gradient", "gradip"] = "projected-gradient"
+    """What is judged: |g|, or |GradIP| (the paper), which is |g| times the factor
+    |< p, z >| that all clients share; see docs/results/meerkat-vp.md for the choice."""
+    first_window: Count = 20
+    """T_init, steps of the first window; at most half of the path."""
+    later_window: Count = 20
+    """T_later, steps of the later window; at most half of the path."""
+    rho_later: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    """A client is extreme if its signal's mean in the first window, by that in the later one, is
+    above this, and"""
+    rho_quiet: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """if its share of steps in the later window with a signal below `sigma` is above this."""
+    sigma: Literal["auto"] | Positive = "auto"
+    """σ, the signal below which a step is quiet."""
+    action: Literal["stop", "taper"] = "stop"
+    """What happens to extreme clients: one step a round (the paper), or the fewer steps the
+    quieter they are."""
+    every: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Judge again after every so many rounds, from the paths of these; 0 is never. In the last
+    `calibration_steps` steps before, all clients take all local steps, of which those beyond
+    T_k are looked at but not aggregated."""
+    count: Count | None = None
+    """`random`: how many clients."""
+    clients: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """`list`: which clients."""
+
+
+class Runtime(Section):
+    engine: Literal["local", "flower"] = "local"
+    """Who runs the clients: this process, or Flower's simulation."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA where there is one."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of the forward pass; 0 leaves it to torch."""
+    compile: bool = False
+    """Compile the forward pass; worth it from some hundred steps on."""
+    tokens_per_pass: Count = 16384
+    """Most tokens in one packed forward pass; a longer batch takes several."""
+    mask_passes: Literal[1, 2] = 1
+    """1 keeps two float32 accumulators the size of the eligible tensors, 2 keeps one and reads
+    the corpus twice."""
+    cache_dir: str | None = None
+    """Where converted models, masks and compiled code are kept; the user's cache by default."""
+
+
+class Network(Section):
+    transport: Literal["auto", "messages", "stream"] = "auto"
+    """Flower messages, or a gRPC stream between server app and client app; `auto` is messages in
+    simulation and stream in deployment."""
+    listen: str = "0.0.0.0:0"
+    """Where the server app listens for streams; port 0 takes a free one."""
+    address: str | None = None
+    """Where clients reach it, host:port; by default this machine's name and the port."""
+    insecure: bool = False
+    """Streams in plain text; for measurements on loopback, refused anywhere else."""
+    quorum: Count | None = None
+    """Fewest reports that close a round; by default more than half of the clients it samples."""
+    deadline: Positive = 600.0
+    """Seconds after which a round closes with the reports that are there, if they are enough."""
+    rejoin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """Seconds that a round waits for a client whose connection broke, if the others are enough."""
+    patience: Positive = 3600.0
+    """Seconds that the server waits for enough clients before it stops; it can be started again."""
+    largest_scalar: Positive = 1e6
+    """A report with a larger |g| is refused."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes of a simulation, each with a model; 0 is as many as there are cores."""

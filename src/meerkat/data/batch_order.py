@@ -1,0 +1,31 @@
+"""The data pointer: which examples stand behind a client's next step.
+
+A client goes through its examples in a new order each epoch. Where it stands is the number of
+steps that it has taken since the run began, which the journal tells; nothing else is kept, so
+a client that is stopped early, or comes back later, goes on where it was.
+"""
+
+from __future__ import annotations
+
+from meerkat.zo.noise import permutation
+
+__all__ = ["batch_indices"]
+
+
+def batch_indices(seed: int, client: int, held: int, batch_size: int, step: int) -> tuple[int, ...]:
+    """Which of a client's `held` examples are behind its step number `step` (from 0).
+
+    A batch runs on into the next epoch's order, so each example is used once an epoch. A client
+    that holds fewer examples than a batch uses all of them.
+
+    >>> sorted(batch_indices(0, 3, 10, 5, 0) + batch_indices(0, 3, 10, 5, 1)) == list(range(10))
+    True
+    """
+    size = min(batch_size, held)
+    start = step * size
+    indices: list[int] = []
+    while len(indices) < size:
+        epoch, offset = divmod(start + len(indices), held)
+        order = permutation(seed, (5 + (epoch << 8), client), held)
+        indices += order[offset : offset + size - len(indices)].tolist()
+    return tuple(indices)

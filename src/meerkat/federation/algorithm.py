@@ -1,0 +1,52 @@
+"""The interface of an algorithm: what client, server and replay must do alike.
+
+`init` makes an opaque state, `apply` advances it, as in fedjax. What differs between methods is in
+one short file of `algorithms` each; rounds, transports, journal and engines know this alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from meerkat.federation.messages import ClientReport
+from meerkat.zo.directions import PerturbationStream
+from meerkat.zo.estimators import Estimate, LossesAt
+from meerkat.zo.log import Update
+from meerkat.zo.state import ModelState, Theta
+
+__all__ = ["Algorithm"]
+
+
+@runtime_checkable
+class Algorithm(Protocol):
+    """One method. All but `local_step` are pure functions of their arguments."""
+
+    @property
+    def stream(self) -> PerturbationStream:
+        """The directions of the run."""
+
+    def init(self, theta: Theta) -> ModelState:
+        """The state before round 0."""
+
+    def local_step(
+        self, losses_at: LossesAt, round: int, step: int, client: int, learning_rate: float
+    ) -> tuple[Update, Estimate]:
+        """On the client: one local step's update, from losses near its θ.
+
+        The coefficients of the estimate are those that are reported; the update is made from them.
+
+        Raises:
+            DivergedError: A loss or a coefficient is not finite.
+        """
+
+    def steps(self, report: ClientReport, learning_rate: float) -> Iterator[Update]:
+        """On the server: the updates of a client's local steps, from its report."""
+
+    def aggregate(
+        self, reports: Sequence[ClientReport], learning_rate: float
+    ) -> tuple[Update, ...]:
+        """On the server: what a round adds to the log."""
+
+    def apply(self, state: ModelState, updates: Iterable[Update]) -> ModelState:
+        """Everywhere: the state after some updates."""

@@ -1,0 +1,136 @@
+"""Plan + data → report: all that a client does in a round (method.md section 4, step 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from meerkat.data.batch_order import batch_indices
+from meerkat.errors import ProtocolError
+from meerkat.federation.algorithm import Algorithm
+from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
+from meerkat.spaces.base import ParameterSpace
+from meerkat.tasks.objective import Objective
+from meerkat.zo.log import Update
+from meerkat.zo.state import ModelState, Theta
+
+__all__ = ["Client", "LocalStep", "Worker"]
+
+
+class Worker:
+    """A model and one copy of the training state, brought up to date by the log.
+
+    One worker serves any number of clients in turn, since a client keeps nothing from round to
+    round: a process that simulates a thousand clients holds one model and one state.
+    """
+
+    def __init__(self, space: ParameterSpace, objective: Objective, algorithm: Algorithm):
+        self.space = space
+        self.objective = objective
+        self.algorithm = algorithm
+        self.initial: ModelState = algorithm.init(space.read())
+        """The state before any round, which calibration plans start from."""
+        self.state = self.initial
+        self.position = 0
+        """Updates of the log that the state contains."""
+
+    def synchronise(self, state: ModelState, position: int) -> None:
+        """Take the state as it is after `position` updates, instead of applying them."""
+        self.state = state
+        self.position = position
+
+    def catch_up(self, start: int, updates: Sequence[Update]) -> None:
+        """Apply what of the log from `start` on the state does not contain yet.
+
+        Raises:
+            ProtocolError: That begins after what this worker has.
+        """
+        if start > self.position:
+            raise ProtocolError(
+                f"the log is given from update {start} on, this worker has {self.position}; it "
+                "must be sent the log from there"
+            )
+        fresh = updates[self.position - start :]
+        self.state = self.algorithm.apply(self.state, fresh)
+        self.position += len(fresh)
+
+    def start(self, plan: RoundPlan) -> ModelState:
+        """The state that a plan's local steps start from."""
+        return self.initial if plan.round == CALIBRATION else self.state
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """One local step, as only the client sees it."""
+
+    scalars: tuple[float, ...]
+    """The coefficient of each perturbation: what is reported is what is applied."""
+    loss: float
+    state: ModelState
+    """After the step."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """A client's name and data."""
+
+    number: int
+    examples: Sequence[Any]
+    batch_size: int
+    seed: int
+
+    def batch(self, step: int) -> list[Any]:
+        """The examples behind the client's step number `step`."""
+        chosen = batch_indices(self.seed, self.number, len(self.examples), self.batch_size, step)
+        return [self.examples[index] for index in chosen]
+
+    def answer(self, plan: RoundPlan, worker: Worker) -> tuple[ClientReport, float]:
+        """Take T_k local steps; the report, and the mean training loss, which is not sent.
+
+        The worker's weights are left at its own state.
+
+        Raises:
+            DivergedError: A loss or a coefficient is not finite.
+            ProtocolError: The worker lacks updates that the plan does not bring.
+        """
+        worker.catch_up(plan.log_start, plan.updates)
+        steps = [(step.scalars, step.loss) for step in self.local_steps(plan, worker)]
+        worker.space.write(worker.state.theta)
+        report = ClientReport(
+            round=plan.round,
+            client=self.number,
+            examples=len(self.examples),
+            steps=plan.steps,
+            perturbations=worker.algorithm.stream.perturbations,
+            state_digest=bytes.fromhex(worker.start(plan).digest)[:DIGEST_BYTES],
+            scalars=tuple(scalar for scalars, _ in steps for scalar in scalars),
+        )
+        return report, sum(loss for _, loss in steps) / len(steps)
+
+    def local_steps(self, plan: RoundPlan, worker: Worker) -> Iterator[LocalStep]:
+        """T_k local steps from the plan's state (method.md section 3)."""
+        state, algorithm = worker.start(plan), worker.algorithm
+        for step in range(plan.steps):
+            losses_at = _Losses(worker, state.theta, self.batch(plan.first_step + step))
+            update, estimate = algorithm.local_step(
+                losses_at, plan.round, step, self.number, plan.learning_rate
+            )
+            state = algorithm.apply(state, [update])
+            yield LocalStep(estimate.coefficients, estimate.loss, state)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Losses of a batch near θ. The weights are left where the last call put them."""
+
+    worker: Worker
+    theta: Theta
+    batch: Sequence[Any]
+
+    def __call__(self, offset: Theta | None) -> Float64[np.ndarray, " S"]:
+        self.worker.space.write(self.theta if offset is None else self.theta + offset)
+        return self.worker.objective.losses(self.batch)

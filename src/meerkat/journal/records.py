@@ -1,0 +1,114 @@
+"""What a journal holds besides rounds: where a run starts from, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from meerkat.algorithms import make_algorithm
+from meerkat.config import Recipe, parse_recipe
+from meerkat.errors import JournalError, RecipeError
+from meerkat.federation.algorithm import Algorithm
+from meerkat.spaces.mask_file import Mask
+from meerkat.zo import noise
+
+__all__ = ["Evaluated", "Header", "RoundMetrics", "header_of"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run starts from."""
+
+    recipe: str
+    """The recipe as JSON."""
+    fingerprint: str
+    """The recipe's fingerprint."""
+    model: str
+    """The base model's fingerprint."""
+    space: str
+    """Fingerprint of the space, which for a mask is the mask's digest."""
+    size: int
+    """n, values of θ."""
+    mask: str
+    """The mask's digest."""
+    mask_kind: str
+    mask_size: int
+    eligible: int
+    mask_parts: dict[str, int]
+    """Masked parameters in each tensor."""
+    noise: str
+    """The noise generator's fingerprint."""
+    labels: list[str]
+    label_counts: list[list[int]]
+    """Examples of each label that each client holds; empty where only the clients know."""
+    partition: str
+    """Digest of which client holds which examples; empty where only the clients know."""
+
+    @cached_property
+    def parsed(self) -> Recipe:
+        """The recipe.
+
+        Raises:
+            JournalError: This version does not know it.
+        """
+        try:
+            return parse_recipe(json.loads(self.recipe), origin="the journal's recipe")
+        except RecipeError as error:
+            raise JournalError(f"{error}; use the version of meerkat-fl that wrote it") from None
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The run's algorithm: all that replay needs."""
+        return make_algorithm(self.parsed, self.size)
+
+
+def header_of(
+    recipe: Recipe,
+    mask: Mask,
+    labels: Sequence[str],
+    label_counts: list[list[int]],
+    partition: str,
+) -> Header:
+    """What the journal of a run over a mask starts with; the arguments are its fields."""
+    return Header(
+        recipe=recipe.to_json(),
+        fingerprint=recipe.fingerprint,
+        model=mask.model,
+        space=mask.digest,
+        size=mask.size,
+        mask=mask.digest,
+        mask_kind=mask.kind,
+        mask_size=mask.size,
+        eligible=mask.eligible,
+        mask_parts={n: len(i) for n, i in zip(mask.names, mask.indices, strict=True)},
+        noise=noise.fingerprint(),
+        labels=list(labels),
+        label_counts=label_counts,
+        partition=partition,
+    )
+
+
+@dataclass(frozen=True)
+class RoundMetrics:
+    """What was measured beside a round; nothing is computed from it."""
+
+    loss: float
+    """Mean training loss of the clients; known in simulation only."""
+    bytes_up: int
+    """Encoded size of all reports."""
+    bytes_down: int
+    """Encoded size of all plans."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation at the state before round `round`."""
+
+    round: int
+    metrics: dict[str, float]
+    """By name (`tasks.metrics`), the loss first; NaN where there was nothing to evaluate on."""
+    examples: int
+    seconds: float

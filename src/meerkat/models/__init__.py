@@ -1,0 +1,1 @@
+"""Language models: loading, fingerprint, packed attention, objectives."""

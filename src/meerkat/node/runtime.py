@@ -1,0 +1,88 @@
+"""Model and training state of a run, shared by all its clients in one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from meerkat.config import Recipe
+from meerkat.data.clients import held_out_shard
+from meerkat.federation.client import Client, Worker
+from meerkat.node.config import NodeConfig
+from meerkat.runs.assembly import Assembly, EncodedExamples, assemble
+from meerkat.spaces.mask_file import load_mask
+from meerkat.transport.handshake import Proof
+from meerkat.transport.server_frames import Setup
+from meerkat.zo import noise
+
+__all__ = ["ClientRuntime", "runtime_of"]
+
+
+class ClientRuntime:
+    """Model, training state and data of a run, for all its clients in this process.
+
+    Args:
+        mask: Its file.
+        own: Is the data a folder with the examples of one client?
+    """
+
+    def __init__(self, assembly: Assembly, mask: Path, own: bool):
+        self.assembly = assembly
+        self.session = ""
+        """The server's session that the state belongs to."""
+        self._own = own
+        self._clients: dict[int, Client] = {}
+        digest = load_mask(mask).digest
+        self.proof = Proof(assembly.loaded.fingerprint, digest, noise.fingerprint())
+
+    @property
+    def is_working(self) -> bool:
+        """Has the state been read or changed?"""
+        return "worker" in vars(self)
+
+    @cached_property
+    def worker(self) -> Worker:
+        """The model, and the state after the updates received so far."""
+        return self.assembly.worker()
+
+    def join(self, session: str) -> None:
+        """Begin a session; unless it is the current one, the state is initial again."""
+        if self.is_working and session != self.session:
+            self.worker.synchronise(self.worker.initial, 0)
+        self.session = session
+
+    def client(self, number: int) -> Client:
+        """A client with its examples."""
+        if number not in self._clients:
+            part = 0 if self._own else number
+            self._clients[number] = self.assembly.client(number, part)
+        return self._clients[number]
+
+    def held_out(self, number: int) -> EncodedExamples:
+        """The held-out examples of a client."""
+        assembly = self.assembly
+        if self._own:
+            return assembly.test
+        return EncodedExamples(
+            held_out_shard(assembly.recipe, assembly.split, number), assembly.encoder
+        )
+
+
+_runtimes: dict[str, ClientRuntime] = {}
+
+
+def runtime_of(node: NodeConfig, recipe: Recipe, setup: Setup, mask: Path) -> ClientRuntime:
+    """The runtime of a run, made once in a process; the runtime of an earlier run is freed.
+
+    Args:
+        recipe: The setup's, with the node's settings.
+    """
+    settings = replace(node, client=0) if node.data is None else node
+    key = repr((settings, setup.recipe, setup.proof, mask))
+    if key not in _runtimes:
+        _runtimes.clear()
+        assembly = assemble(recipe, data=node.data, mask_file=mask)
+        _runtimes[key] = ClientRuntime(assembly, mask, node.data is not None)
+    _runtimes[key].join(setup.session)
+    return _runtimes[key]

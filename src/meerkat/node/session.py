@@ -1,0 +1,235 @@
+"""A client's answers to the frames of a server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from meerkat.config import Recipe
+from meerkat.errors import DataError, DivergedError, MaskError, MeerkatError, ProtocolError
+from meerkat.federation.messages import RoundPlan
+from meerkat.models.loading import cache_dir
+from meerkat.node.config import NodeConfig
+from meerkat.node.runtime import ClientRuntime, runtime_of
+from meerkat.runs.evaluation import evaluation_sums
+from meerkat.spaces.mask_file import load_mask
+from meerkat.transport.client_frames import Evaluation, Failed, Hello, Need, Report, WantSpace
+from meerkat.transport.frame import DownFrame, UpFrame, encode
+from meerkat.transport.handshake import difference
+from meerkat.transport.server_frames import (
+    EvaluateRequest,
+    Goodbye,
+    LogPart,
+    Notice,
+    Plan,
+    Refused,
+    Setup,
+    Snapshot,
+    SpaceFile,
+    Welcome,
+    decode_down,
+    wants_answer,
+)
+
+__all__ = ["ClientSession", "public_message"]
+
+Say = Callable[[str], None]
+_log = logging.getLogger("meerkat")
+
+
+def public_message(error: Exception) -> str:
+    """The text of an error that may be sent to the server: it never quotes a client's data."""
+    if isinstance(error, DataError):
+        return "its data cannot be used; its own log says why"
+    return str(error) if isinstance(error, MeerkatError) else type(error).__name__
+
+
+class ClientSession:
+    """One client of a run: takes the server's frames and gives the answers.
+
+    Args:
+        say: Takes a line for the log.
+    """
+
+    def __init__(self, node: NodeConfig, say: Say = _log.info):
+        self._node = node
+        self._say = say
+        self._setup: Setup | None = None
+        self._recipe: Recipe | None = None
+        self._runtime: ClientRuntime | None = None
+        self._error = ""
+        """An error that is not sent yet: the server reads it only as the answer to a request."""
+        self.answered = 0
+        """Plans answered."""
+        self.working = 0.0
+        """Seconds spent on plans."""
+
+    def begin(self, setup: Setup) -> bytes:
+        """The client's first frame on a connection: a hello, or a request for the mask.
+
+        Raises:
+            MeerkatError: Model, data or settings do not fit the run.
+        """
+        if self._recipe is None or setup != self._setup:
+            self._setup, self._recipe = setup, self._node.recipe(setup.recipe)
+        frame: UpFrame = WantSpace()
+        path = self._mask_path(setup, self._recipe)
+        if path.exists():
+            try:
+                self._runtime = runtime_of(self._node, self._recipe, setup, path)
+                frame = self._hello(self._runtime, setup)
+            except MaskError:
+                if self._node.mask is not None:
+                    raise  # else the cached mask is damaged, and the server sends it again
+        return encode(frame)
+
+    def answer(self, data: bytes) -> Iterator[bytes]:
+        """The frames that answer a frame of the server.
+
+        An error at this client is sent as a line of text, with the next frame that waits for an
+        answer.
+
+        Raises:
+            ProtocolError: The server's frame breaks the protocol.
+        """
+        frame, encoded = decode_down(data), None
+        waits = wants_answer(data)
+        try:
+            if not (waits and self._error):
+                answer = self._answer(frame)
+                encoded = None if answer is None else encode(answer)
+        except ProtocolError:
+            raise
+        except Exception as error:
+            self._error = public_message(error)
+            ours = isinstance(error, MeerkatError)
+            _log.warning(
+                "client %d failed: %s", self._node.client, error, exc_info=None if ours else error
+            )
+        if waits and self._error:
+            encoded, self._error = encode(Failed(self._error)), ""
+        if encoded is not None:
+            yield encoded
+
+    def remembered(self) -> bytes | None:
+        """The state as a frame that `recall` takes in a new process; None if it is initial."""
+        if self._runtime is None or not self._runtime.is_working:
+            return None
+        worker = self._runtime.worker
+        return encode(Snapshot(worker.position, worker.state.to_bytes()))
+
+    def recall(self, remembered: bytes) -> None:
+        """Take the state that another process `remembered`, unless this one has more updates."""
+        frame = decode_down(remembered)
+        if self._runtime is None or not isinstance(frame, Snapshot):
+            return
+        if not self._runtime.is_working or self._runtime.worker.position < frame.position:
+            self._work(frame)
+
+    def _answer(self, frame: DownFrame) -> UpFrame | None:
+        match frame:
+            case Setup():
+                raise ProtocolError("a second setup in one conversation")
+            case SpaceFile(content):
+                return self._keep_mask(content)
+            case Welcome():
+                self._say(f"client {self._node.client} takes part")
+            case Refused(reason):
+                self._say(f"client {self._node.client} is refused: {reason}")
+            case Notice(reason):
+                self._say(f"client {self._node.client}: its answer is not used: {reason}")
+            case Goodbye(reason):
+                self._say(f"client {self._node.client}: the server ends the session: {reason}")
+            case _:
+                return self._work(frame)
+        return None
+
+    def _work(self, frame: DownFrame) -> UpFrame | None:
+        if self._runtime is None or self._setup is None:
+            raise ProtocolError(f"{type(frame).__name__.lower()} before the setup")
+        differs = difference(self._runtime.proof, self._setup.proof)
+        if differs is not None:
+            raise MaskError(differs)
+        worker = self._runtime.worker
+        match frame:
+            case Snapshot(position, data):
+                try:
+                    worker.synchronise(worker.initial.from_bytes(data), position)
+                except ValueError as error:
+                    raise ProtocolError(f"snapshot: {error}") from None
+                return None
+            case LogPart(position, updates):
+                if position <= worker.position:  # else the next request is answered with Need
+                    worker.catch_up(position, updates)
+                return None
+            case Plan(plan):
+                return self._report(plan)
+            case EvaluateRequest(number, position):
+                return self._evaluate(number, position)
+        raise ProtocolError(f"{type(frame).__name__.lower()} is not for a client")
+
+    def _report(self, plan: RoundPlan) -> UpFrame:
+        assert self._runtime is not None
+        if plan.log_start > self._runtime.worker.position:
+            return Need(self._runtime.worker.position)
+        started = time.monotonic()
+        report, _loss = self._runtime.client(self._node.client).answer(plan, self._runtime.worker)
+        self.working += time.monotonic() - started
+        self.answered += 1
+        return Report(report)
+
+    def _evaluate(self, number: int, position: int) -> UpFrame:
+        assert self._runtime is not None
+        worker = self._runtime.worker
+        if position != worker.position:
+            return Need(worker.position)
+        examples = self._runtime.held_out(self._node.client)
+        worker.space.write(worker.state.theta)
+        assembly = self._runtime.assembly
+        size = assembly.recipe.federation.batch_size
+        found = evaluation_sums(worker.objective, examples, size, assembly.metrics)
+        if not all(np.isfinite(sums).all() for sums in found.values()):
+            raise DivergedError("the loss on its held-out examples is not finite")
+        sums = {name: tuple(values.tolist()) for name, values in found.items()}
+        return Evaluation(number, len(examples), sums)
+
+    def _mask_path(self, setup: Setup, recipe: Recipe) -> Path:
+        if self._node.mask is not None:
+            if not self._node.mask.is_file():
+                raise MaskError(f"--node-config mask = {str(self._node.mask)!r}: no such file")
+            return self._node.mask
+        return cache_dir(recipe.runtime, "masks") / f"run-{setup.proof.space[:24]}.safetensors"
+
+    def _keep_mask(self, content: bytes) -> UpFrame:
+        """Cache the mask that the server sent, for this run and later ones."""
+        setup, recipe = self._setup, self._recipe
+        if setup is None or recipe is None:
+            raise ProtocolError("a mask before the setup")
+        if self._node.mask is not None:
+            raise ProtocolError("a mask that was not asked for")
+        path = self._mask_path(setup, recipe)
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+        scratch.write_bytes(content)
+        try:
+            found = load_mask(scratch).digest
+            if found != setup.proof.space:
+                raise MaskError(f"the server sent mask {found[:12]}, not {setup.proof.space[:12]}")
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        self._runtime = runtime_of(self._node, recipe, setup, path)
+        return self._hello(self._runtime, setup)
+
+    def _hello(self, runtime: ClientRuntime, setup: Setup) -> Hello:
+        client = self._node.client
+        differs = difference(runtime.proof, setup.proof)
+        if differs is not None:
+            self._say(f"client {client} does not fit this run: {differs}")
+        position = runtime.worker.position if runtime.is_working else 0
+        examples, held_out = len(runtime.client(client).examples), len(runtime.held_out(client))
+        return Hello(client, examples, held_out, position, runtime.proof)

@@ -1,0 +1,170 @@
+"""A recipe → model, mask, examples, and the partition of the examples over clients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import torch
+
+from meerkat.algorithms import make_algorithm
+from meerkat.config import Recipe
+from meerkat.data.clients import client_label_counts, load_partition
+from meerkat.data.encoding import Encoded, Encoder
+from meerkat.data.sources import Split, load_folder
+from meerkat.federation.algorithm import Algorithm
+from meerkat.federation.client import Client, Worker
+from meerkat.journal.records import Header, header_of
+from meerkat.models.loading import LoadedModel, cache_dir, load_model
+from meerkat.models.objective import TextObjective
+from meerkat.progress import Progress
+from meerkat.runs.finding_mask import FoundMask, find_mask
+from meerkat.spaces.masked import MaskedSpace
+from meerkat.tasks import Example, Task, resolve_task
+from meerkat.tasks.metrics import metric_names
+
+__all__ = ["Assembly", "EncodedExamples", "FoundMask", "assemble"]
+
+
+class EncodedExamples(Sequence[Encoded]):
+    """Examples that are encoded when they are first read."""
+
+    def __init__(self, examples: Sequence[Example], encoder: Encoder):
+        self._examples = examples
+        self._encoder = encoder
+        self._encoded: dict[int, Encoded] = {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._encoded:
+            self._encoded[index] = self._encoder.encode(self._examples[index])
+        return self._encoded[index]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a recipe means on this machine."""
+
+    recipe: Recipe
+    loaded: LoadedModel
+    task: Task
+    split: Split
+    parts: tuple[tuple[int, ...], ...]
+    """Indices into `split.train` that each client holds."""
+    progress: Progress
+    mask_file: Path | None = None
+    """Mask file that replaces the recipe's `mask` section."""
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of an evaluation."""
+        return metric_names(self.recipe.evaluation.metrics, self.task.has_classes)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        section = self.recipe.task
+        return Encoder(self.task, self.loaded.tokenizer, section.max_length, self.loaded.window)
+
+    @cached_property
+    def test(self) -> EncodedExamples:
+        """The held-out examples that are evaluated on."""
+        return EncodedExamples(self.split.test[: self.recipe.evaluation.examples], self.encoder)
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        return make_algorithm(self.recipe, self.found_mask.mask.size)
+
+    @cached_property
+    def found_mask(self) -> FoundMask:
+        found = find_mask(self)
+        initial = MaskedSpace(self.loaded.model, found.mask).read()
+        return replace(found, mask=replace(found.mask, initial=initial))
+
+    @cached_property
+    def objective(self) -> TextObjective:
+        runtime = self.recipe.runtime
+        if runtime.compile:
+            # Compiled code outlives the process. torch has set a folder of its own by now.
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
+        return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile)
+
+    def worker(self) -> Worker:
+        """The model as a worker, at the initial θ."""
+        space = MaskedSpace(self.loaded.model, self.found_mask.mask)
+        return Worker(space, self.objective, self.algorithm)
+
+    def client(self, number: int, part: int | None = None) -> Client:
+        """A client with its data.
+
+        Args:
+            part: Which part of the data it holds; that of its number by default.
+        """
+        held = self.parts[number if part is None else part]
+        examples = EncodedExamples([self.split.train[i] for i in held], self.encoder)
+        return Client(number, examples, self.recipe.federation.batch_size, self.recipe.seed)
+
+    def clients(self) -> list[Client]:
+        """All clients with their data."""
+        return [self.client(number) for number in range(len(self.parts))]
+
+    def header(self) -> Header:
+        """What the journal of this run starts with."""
+        counts, digest = client_label_counts(self.task, self.split, self.parts)
+        labels = self.task.verbalizers
+        return header_of(self.recipe, self.found_mask.mask, tuple(labels), counts, digest)
+
+    def client_texts(self) -> list[list[str]]:
+        """Each client's own examples as text, for the union mask."""
+        return [
+            [self.task.prompt.format(**self.split.train[i].fields) for i in part]
+            for part in self.parts
+        ]
+
+
+def assemble(
+    recipe: Recipe,
+    progress: Progress | None = None,
+    data: Path | None = None,
+    mask_file: Path | None = None,
+) -> Assembly:
+    """Load data and model; the mask is found when it is first asked for.
+
+    Args:
+        data: The folder of the one client that is here, instead of what the recipe names.
+        mask_file: A mask to use, whatever the recipe says.
+
+    Raises:
+        MeerkatError: Something that the recipe names is missing or does not fit.
+    """
+    progress = progress or Progress()
+    if recipe.runtime.threads:
+        torch.set_num_threads(recipe.runtime.threads)
+    make_algorithm(recipe, 1)  # what is wrong with its choices shows before anything is loaded
+    # Data first: what is wrong with them shows in seconds, a model may take a minute.
+    task = resolve_task(recipe.task)
+    if data is None:
+        split, parts = load_partition(recipe, task)
+    else:
+        split = load_folder(task, data)
+        parts = (tuple(range(len(split.train))),)
+    progress.start("Loading the model", 1)
+    loaded = load_model(recipe.model, recipe.runtime)
+    assembly = Assembly(recipe, loaded, task, split, parts, progress, mask_file)
+    _ = assembly.metrics
+    _ = assembly.encoder  # the verbalizers are checked here, before a long calibration
+    progress.advance()
+    return assembly

@@ -1,0 +1,153 @@
+"""A run's directory: what is in it.
+
+DIR/recipe.json      the recipe; only [runtime] and [network] may be edited
+DIR/mask.safetensors the mask
+DIR/journal.sqlite   the record
+DIR/selection.json   who is stopped early and why, where a selection was made
+DIR/summary.json     the figures, once the run is complete
+DIR/report.html      the report, and its pictures under DIR/report/, where an observer draws them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from meerkat.config import Recipe, load_recipe
+from meerkat.errors import JournalError, MeerkatError, RecipeError, RunError
+from meerkat.journal import Journal
+from meerkat.journal.records import Header
+from meerkat.spaces.mask_file import Mask, load_mask
+
+__all__ = [
+    "check_free",
+    "claimed",
+    "holds_run",
+    "journal_path",
+    "mask_of",
+    "mask_path",
+    "open_journal",
+    "recipe_of",
+    "summary_path",
+]
+
+_RECIPE, _MASK, _JOURNAL, _SUMMARY = (
+    "recipe.json",
+    "mask.safetensors",
+    "journal.sqlite",
+    "summary.json",
+)
+
+
+def holds_run(directory: Path) -> bool:
+    """Is there a run, begun or not?"""
+    return (directory / _RECIPE).exists() or (directory / _JOURNAL).exists()
+
+
+def check_free(directory: Path) -> None:
+    """May a new run go here?
+
+    Raises:
+        RunError: The directory holds a run.
+    """
+    if holds_run(directory):
+        raise RunError(
+            f"{directory} holds another run; choose another --out, or go on with "
+            f"`meerkat resume {directory}`"
+        )
+
+
+@contextmanager
+def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
+    """A directory for a new run; where nothing has begun, an error leaves no trace of it.
+
+    Raises:
+        RunError: The directory holds a run.
+    """
+    check_free(directory)
+    # The recipe is written first, so that a run that is killed at any moment can be resumed.
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory / (_RECIPE + ".part")
+    scratch.write_text(recipe.to_json(), "utf-8")
+    scratch.replace(directory / _RECIPE)
+    try:
+        yield
+    except MeerkatError:
+        if not Journal.exists(journal_path(directory)):
+            for name in (_RECIPE, _MASK, _JOURNAL):
+                (directory / name).unlink(missing_ok=True)
+            if not any(directory.iterdir()):
+                directory.rmdir()
+        raise
+
+
+def journal_path(directory: Path) -> Path:
+    return directory / _JOURNAL
+
+
+def mask_path(directory: Path) -> Path:
+    return directory / _MASK
+
+
+def summary_path(directory: Path) -> Path:
+    return directory / _SUMMARY
+
+
+def open_journal(directory: Path) -> Journal:
+    """The journal of a run directory, which must be of the directory's recipe.
+
+    Raises:
+        RunError: There is no run, or it has not begun.
+        RecipeError: recipe.json is not that of the journal.
+        JournalError: The journal is damaged.
+    """
+    if not directory.is_dir():
+        raise RunError(f"{directory}: no such run directory")
+    if not Journal.exists(journal_path(directory)):
+        raise RunError(f"{directory} holds no journal; `meerkat resume {directory}` begins the run")
+    journal = Journal.open(journal_path(directory))
+    if (directory / _RECIPE).exists():
+        edited, kept = recipe_of(directory), journal.header.fingerprint
+        if edited.fingerprint != kept:
+            journal.close()
+            raise RecipeError(
+                f"{directory / _RECIPE} is not the recipe of this journal (fingerprint "
+                f"{edited.fingerprint[:12]}, journal {kept[:12]}): only [runtime] and "
+                "[network] may change; put it back, or start another run"
+            )
+    return journal
+
+
+def recipe_of(directory: Path) -> Recipe:
+    """The recipe of a run directory.
+
+    Raises:
+        RunError: There is no run.
+        JournalError: Another version wrote the run, whose recipe this one does not know.
+        RecipeError: The recipe is not valid.
+    """
+    path = directory / _RECIPE
+    if not path.exists():
+        raise RunError(f"{directory} holds no run; start one with `meerkat run RECIPE --out`")
+    try:
+        return load_recipe(path)
+    except RecipeError:
+        Journal.check_version(journal_path(directory))
+        raise
+
+
+def mask_of(directory: Path, header: Header) -> Mask:
+    """The mask of a run directory, which must be the one that the journal names.
+
+    Raises:
+        MaskError: It is missing or damaged.
+        JournalError: It is another.
+    """
+    mask = load_mask(mask_path(directory), header.model)
+    if mask.digest != header.mask:
+        raise JournalError(
+            f"{directory / _MASK} is not the mask of this run ({mask.digest[:12]}, journal "
+            f"{header.mask[:12]}); put the run's own mask back"
+        )
+    return mask

@@ -1,0 +1,99 @@
+"""The training loop: plan, run and close rounds, evaluate, and write the journal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from meerkat.config import Recipe
+from meerkat.engines.base import Assignment, Engine
+from meerkat.errors import DivergedError
+from meerkat.federation.rounds import close_round, plan_round
+from meerkat.federation.schedule import Schedule
+from meerkat.federation.state import ServerState, initial_state
+from meerkat.journal import Journal, replay
+from meerkat.journal.records import Evaluated, RoundMetrics
+from meerkat.progress import Progress
+from meerkat.runs.early_stopping import EarlyStopping
+from meerkat.runs.events import RunObserver
+from meerkat.zo.log import Log
+from meerkat.zo.state import ModelState
+
+__all__ = ["Evaluator", "restore_state", "train"]
+
+Evaluator = Callable[[int, ModelState], Evaluated]
+"""(rounds done, the state then) → its metrics."""
+
+
+def train(
+    recipe: Recipe,
+    journal: Journal,
+    state: ServerState,
+    log: Log,
+    engine: Engine,
+    stopping: EarlyStopping,
+    evaluate: Evaluator,
+    observer: RunObserver,
+    progress: Progress,
+) -> ServerState:
+    """Run the rounds that the journal lacks; each is in the journal before the next begins.
+
+    Args:
+        state, log: Where the journal ends, from `restore_state`.
+        observer: Is told what is in the journal.
+
+    Raises:
+        DivergedError: A loss is not finite; the journal ends before that round.
+        JournalError: The journal cannot be written.
+        ProtocolError: A report does not answer its plan.
+    """
+    schedule, algorithm = Schedule.of(recipe), journal.header.algorithm
+    known = {found.round for found in journal.evaluations()}
+
+    def evaluate_once() -> None:
+        if state.round not in known:
+            found = evaluate(state.round, state.model)
+            journal.append_evaluation(found)
+            known.add(found.round)
+            observer.evaluated(found)
+
+    while state.round < recipe.federation.rounds:
+        if _is_due(recipe.evaluation.every, state.round):
+            evaluate_once()
+        state = stopping.before_round(state, log, engine, progress)
+        started = time.monotonic()
+        plans = plan_round(schedule, state, log, engine.present())
+        try:
+            outcome = engine.run(Assignment(plans, state.model.digest, algorithm, log, state.model))
+        except DivergedError as error:
+            raise DivergedError(f"round {state.round}: {error}") from None
+        state, record = close_round(schedule, state, algorithm, plans, outcome.reports, log)
+        log.append(record.updates)
+        metrics = RoundMetrics(
+            outcome.loss, outcome.bytes_up, outcome.bytes_down, time.monotonic() - started
+        )
+        journal.append_round(record, metrics)
+        observer.round_closed(record, metrics)
+    evaluate_once()
+    return state
+
+
+def restore_state(journal: Journal, clients: int, local_steps: int) -> tuple[ServerState, Log]:
+    """The server's state and log where the journal ends.
+
+    Raises:
+        JournalError: Replaying does not give the state that the run recorded.
+    """
+    first, log = initial_state(replay(journal), clients, local_steps), Log()
+    known, taken = first.known.copy(), first.steps_taken.copy()
+    for record, _ in journal.records():
+        for report in record.reports:
+            known[report.client] = len(log)
+            taken[report.client] += report.steps
+        log.append(record.updates)
+    return replace(first, round=journal.rounds, known=known, steps_taken=taken), log
+
+
+def _is_due(every: int, round: int) -> bool:
+    return round == 0 or (every > 0 and round % every == 0)

@@ -1,0 +1,114 @@
+"""Finds a recipe's mask: reads its file or the cache, or computes it on the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from meerkat.config import Recipe
+from meerkat.data.corpus import calibration_batches, sequences
+from meerkat.errors import MaskError
+from meerkat.models.loading import LoadedModel, cache_dir
+from meerkat.models.objective import TextObjective
+from meerkat.progress import Progress
+from meerkat.spaces.mask_criteria import (
+    eligible_parameters,
+    full_mask,
+    magnitude_scores,
+    random_mask,
+    top_mask,
+    union,
+)
+from meerkat.spaces.mask_file import Mask, load_mask, save_mask
+from meerkat.spaces.sensitivity import concentration_of, gradient_at, sensitivity_scores
+
+__all__ = ["FoundMask", "find_mask"]
+
+
+@dataclass(frozen=True)
+class FoundMask:
+    """A mask, and where it is kept."""
+
+    mask: Mask
+    path: Path | None = None
+
+
+class _Sources(Protocol):
+    """What a mask may be found from; `assembly.Assembly`."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def loaded(self) -> LoadedModel: ...
+    @property
+    def objective(self) -> TextObjective: ...
+    @property
+    def progress(self) -> Progress: ...
+    @property
+    def mask_file(self) -> Path | None: ...
+    def client_texts(self) -> list[list[str]]: ...
+
+
+def find_mask(sources: _Sources) -> FoundMask:
+    """The mask of a recipe: its file, the cache, or a calibration.
+
+    Raises:
+        MaskError: The file belongs to another model, or nothing may be masked.
+        DataError: The corpus cannot be read, or is too short.
+    """
+    loaded, section = sources.loaded, sources.recipe.mask
+    path = sources.mask_file or (Path(section.file) if section.file is not None else None)
+    if path is not None:
+        return FoundMask(load_mask(path, loaded.fingerprint), path)
+    parameters = eligible_parameters(loaded.model, section)
+    match section.kind:
+        case "magnitude":
+            mask = top_mask(magnitude_scores(parameters), section, loaded.fingerprint)
+        case "random":
+            mask = random_mask(parameters, section, loaded.fingerprint)
+        case "full":
+            mask = full_mask(parameters, loaded.fingerprint)
+        case "union":
+            masks = [_sensitive(sources, own) for own in sources.client_texts()]
+            mask = union(masks, parameters)
+        case _:
+            return _cached(sources)
+    return FoundMask(mask)
+
+
+def _cached(sources: _Sources) -> FoundMask:
+    """The sensitivity mask, found again by model, corpus and settings."""
+    section, loaded = sources.recipe.mask, sources.loaded
+    settings = section.model_dump(mode="json", exclude={"file"})
+    for name in (section.corpus,) if isinstance(section.corpus, str) else section.corpus:
+        if Path(name).is_file():
+            settings[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    content = json.dumps([loaded.fingerprint, settings], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:24]
+    path = cache_dir(sources.recipe.runtime, "masks") / f"{key}.safetensors"
+    with suppress(MaskError):  # absent, damaged, or of another version: made again
+        return FoundMask(load_mask(path, loaded.fingerprint), path)
+    mask = _sensitive(sources, None)
+    save_mask(mask, path)
+    return FoundMask(mask, path)
+
+
+def _sensitive(sources: _Sources, texts: Sequence[str] | None) -> Mask:
+    """By pre-training gradients over the recipe's corpus, or these texts (method.md section 2)."""
+    section, loaded, progress = sources.recipe.mask, sources.loaded, sources.progress
+    parameters = eligible_parameters(loaded.model, section)
+    if texts is None:
+        batches = calibration_batches(section, loaded.tokenizer)
+    else:
+        batches = sequences(texts, section, loaded.tokenizer, fewer=True)
+    passes, loss = sources.recipe.runtime.mask_passes, sources.objective.pretraining_loss
+    progress.start("Calibrating the mask", len(batches) * passes)
+    found = sensitivity_scores(loss, parameters, batches, section, passes == 1, progress.advance)
+    mask = top_mask(found.scores, section, loaded.fingerprint)
+    gradient = gradient_at(loss, parameters, batches, mask, found, progress.advance)
+    return replace(mask, gradient=gradient, concentration=concentration_of(found.scores, mask.size))

@@ -1,0 +1,132 @@
+"""The server of a run whose clients are other processes; it loads no model and no data."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from meerkat.algorithms import make_algorithm
+from meerkat.config import Recipe
+from meerkat.engines.base import Engine
+from meerkat.engines.remote import RemoteEngine
+from meerkat.errors import MaskError, RunError
+from meerkat.federation.state import ServerState
+from meerkat.journal.records import Evaluated, header_of
+from meerkat.progress import Progress
+from meerkat.runs.directory import claimed, holds_run, recipe_of
+from meerkat.runs.driver import Evaluator
+from meerkat.runs.events import RunObserver
+from meerkat.runs.execution import execute, summary_if_complete
+from meerkat.spaces.mask_file import Mask, load_mask, save_mask
+from meerkat.tasks import resolve_task
+from meerkat.tasks.metrics import metric_names
+from meerkat.transport.base import Transport
+from meerkat.transport.handshake import Proof
+from meerkat.transport.server_frames import Setup
+from meerkat.zo import noise
+from meerkat.zo.log import Log
+from meerkat.zo.state import ModelState
+
+__all__ = ["host", "load_server_mask"]
+
+
+def host(
+    recipe: Recipe,
+    directory: Path,
+    mask: Mask,
+    connect: Callable[[Setup], Transport],
+    observer: RunObserver,
+    progress: Progress,
+    say: Callable[[str], None],
+    label_counts: tuple[list[list[int]], str] = ([], ""),
+    remember: bool = False,
+) -> dict[str, Any]:
+    """See a run through, from its first round or from where its journal ends; its summary.
+
+    Args:
+        mask: With θ_0, as `meerkat calibrate --out` writes it.
+        connect: Makes the transport, which brings each node the setup.
+        say: Takes a line for the log.
+        label_counts: Examples of each label that each client holds, and a digest of who holds
+            which; known in a simulation.
+        remember: Does each message come to a new process?
+
+    Raises:
+        RunError: The directory holds another run, or too few clients are there.
+        MeerkatError: See `driver.train`.
+    """
+    claim: AbstractContextManager[None] = nullcontext()
+    if not holds_run(directory):
+        claim = claimed(directory, recipe)
+    else:
+        _check_recipe(directory, recipe)
+        summary = summary_if_complete(directory, recipe, observer)
+        if summary is not None:
+            return summary
+    with claim:
+        make_algorithm(
+            recipe, mask.size
+        )  # what is wrong with its choices shows before anyone joins
+        task = resolve_task(recipe.task)
+        metrics = metric_names(recipe.evaluation.metrics, task.has_classes)
+        header = header_of(recipe, mask, task.verbalizers, *label_counts)
+        proof = Proof(header.model, header.space, noise.fingerprint())
+        transport = connect(Setup(recipe.to_json(), proof, secrets.token_hex(16), remember))
+        file = cache(lambda: _for_clients(mask))
+        federation, network = recipe.federation, recipe.network
+        engine = RemoteEngine(transport, federation, network, proof, file, say, progress.advance)
+
+        def start_engine(state: ServerState, log: Log) -> tuple[Engine, Evaluator]:
+            def evaluate(round: int, state: ModelState) -> Evaluated:
+                classes = max(1, len(task.verbalizers))
+                return engine.evaluate(round, state, log, metrics, classes)
+
+            return engine, evaluate
+
+        reason = "the server stopped before the end"
+        try:
+            summary = execute(directory, recipe, header, mask, start_engine, observer, progress)
+            reason = "the run is complete"
+            return summary
+        finally:
+            engine.close(reason)
+
+
+def _check_recipe(directory: Path, recipe: Recipe) -> None:
+    """Is the run that a directory holds of this recipe?"""
+    kept = recipe_of(directory)
+    if kept.fingerprint != recipe.fingerprint:
+        raise RunError(
+            f"{directory} holds another run (fingerprint {kept.fingerprint[:12]}, this recipe's is "
+            f"{recipe.fingerprint[:12]}); choose another directory, or put the recipe back"
+        )
+
+
+def load_server_mask(path: Path) -> Mask:
+    """A mask file that a server can start from.
+
+    Raises:
+        MaskError: It is missing or damaged, or lacks the initial parameters.
+    """
+    mask = load_mask(path)
+    if mask.initial is None:
+        raise MaskError(
+            f"mask {path} lacks the initial parameters, which a server without a model starts "
+            "from; make it with `meerkat calibrate RECIPE --out FILE`"
+        )
+    return mask
+
+
+def _for_clients(mask: Mask) -> bytes:
+    """The mask as a file, without what clients have or need not know."""
+    bare = replace(mask, gradient=None, initial=None, concentration=None)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "mask"
+        save_mask(bare, path)
+        return path.read_bytes()

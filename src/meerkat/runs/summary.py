@@ -1,0 +1,83 @@
+"""A journal → the content of summary.json and selection.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from meerkat.journal import Journal, replay
+from meerkat.registry import build
+from meerkat.transport.messages import PLAN_BYTES, encode_report
+from meerkat.zo.estimators import ESTIMATORS
+
+__all__ = ["describe_selection", "summarise"]
+
+
+def describe_selection(journal: Journal) -> dict[str, Any] | None:
+    """Who is stopped early and why, with each client's labels; None where nothing was decided."""
+    decisions, header = journal.decisions(), journal.header
+    if not decisions:
+        return None
+    chosen, last = header.parsed.selection, decisions[-1]
+    clients = []
+    for verdict in last.verdicts:
+        known = {}
+        if header.label_counts:  # in a deployment only the clients know
+            counts = header.label_counts[verdict.client]
+            labels = dict(zip(header.labels, counts, strict=False)) or {"examples": sum(counts)}
+            known = {"labels": labels}
+        clients.append({**asdict(verdict), **known})
+    return {
+        **{name: getattr(chosen, name) for name in ("kind", "signal", "action")},
+        "flagged": list(last.flagged),
+        "decisions": [
+            {
+                "round": decision.round,
+                "source": decision.source,
+                "thresholds": decision.thresholds and asdict(decision.thresholds),
+                "flagged": list(decision.flagged),
+            }
+            for decision in decisions
+        ],
+        "clients": clients,
+    }
+
+
+def summarise(journal: Journal) -> dict[str, Any]:
+    """The figures of a run, from its journal alone."""
+    header, recipe = journal.header, journal.header.parsed
+    metrics = [metrics for _, metrics in journal.records()]
+    answers = sum(len(record.reports) for record, _ in journal.records())
+    evaluations = [e for e in journal.evaluations() if e.examples]
+    decisions = journal.decisions()
+    calibrated = len(journal.calibrated())
+    steps = recipe.selection.calibration_steps
+    stream, estimator = header.algorithm.stream, recipe.optimizer.estimator
+    passes = build(
+        ESTIMATORS, estimator.kind, estimator.options, "optimizer.estimator"
+    ).forward_passes(stream.perturbations)
+    before = next((e for e in evaluations if e.round == 0), None)
+    after = next((e for e in evaluations if e.round == journal.rounds), None)
+    seconds = sum(m.seconds for m in metrics) + sum(e.seconds for e in evaluations)
+    return {
+        "before": before.metrics if before else {},
+        "after": after.metrics if after else {},
+        "evaluated_examples": before and before.examples,
+        "rounds": journal.rounds,
+        "clients": recipe.federation.clients,
+        "local_steps": recipe.federation.local_steps,
+        "bytes_up_per_client_round": sum(m.bytes_up for m in metrics) / max(1, answers),
+        "bytes_down_per_client_round": sum(m.bytes_down for m in metrics) / max(1, answers),
+        "stopped_early": list(decisions[-1].flagged) if decisions else [],
+        "calibrated_clients": calibrated,
+        "calibration_forward_passes": passes * steps * calibrated,
+        "calibration_bytes_up": sum(len(encode_report(r)) for r in journal.calibrations()),
+        "calibration_bytes_down": PLAN_BYTES * calibrated,
+        "state_digest": replay(journal).digest,
+        "mask_size": header.mask_size,
+        "eligible_parameters": header.eligible,
+        "model": recipe.model.name,
+        "seed": recipe.seed,
+        "fingerprint": header.fingerprint,
+        "seconds": round(seconds, 3),
+    }

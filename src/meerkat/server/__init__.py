@@ -1,1 +1,0 @@
-"""What the server does: it holds no data and no model, only n floats, seeds and scalars."""

@@ -1,0 +1,210 @@
+"""A mask and its file, which a server reads that has no model.
+
+A mask is an ordered list of coordinates: eligible tensors in the model's own order, and inside a
+tensor ascending flat indices. That order is the order of θ, of z, and of everything on the wire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from meerkat.errors import MaskError
+
+__all__ = ["Mask", "check_format", "load_mask", "save_mask"]
+
+_FORMAT, _VERSION = "meerkat-mask", 1
+_INDEX_TYPES = (np.uint32, np.int64)
+_MOST_WHOLE = 2**33
+"""Most coordinates, 64 GiB of indices, that a file may claim without listing them."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which parameters of which model may move."""
+
+    names: tuple[str, ...]
+    """Tensors with at least one masked coordinate, in the model's order."""
+    shapes: tuple[tuple[int, ...], ...]
+    indices: tuple[np.ndarray, ...]
+    """Flat int64 indices into each, ascending."""
+    eligible: int
+    """Parameters that the mask was chosen from (d_eligible)."""
+    model: str
+    """Fingerprint of the model that it was made for."""
+    kind: str
+    gradient: Float32[np.ndarray, " n"] | None = None
+    """p, the mean pre-training gradient at the masked coordinates (method.md section 2)."""
+    concentration: dict[str, float] | None = None
+    """How the scores were spread: see `sensitivity.concentration_of`."""
+    initial: Float32[np.ndarray, " n"] | None = None
+    """θ_0, the masked weights as they are in the model, for a server that has no model."""
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return sum(map(len, self.indices))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the coordinates."""
+        digest = hashlib.sha256()
+        for name, shape, indices in zip(self.names, self.shapes, self.indices, strict=True):
+            digest.update(f"{name} {shape}\n".encode())
+            digest.update(indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def save_mask(mask: Mask, path: str | Path) -> None:
+    """Write a mask as a safetensors file, whole or not at all."""
+    path = Path(path)
+    # A tensor that is masked as a whole needs no list of its coordinates.
+    arrays = {
+        f"indices.{number}": indices.astype(np.uint32 if math.prod(shape) < 2**32 else np.int64)
+        for number, (indices, shape) in enumerate(zip(mask.indices, mask.shapes, strict=True))
+        if len(indices) < math.prod(shape)
+    }
+    for name, values in (("gradient", mask.gradient), ("initial", mask.initial)):
+        if values is not None:
+            arrays[name] = values
+    about = {
+        "names": mask.names,
+        "shapes": mask.shapes,
+        "eligible": mask.eligible,
+        "model": mask.model,
+        "kind": mask.kind,
+        "concentration": mask.concentration,
+        "checksum": _checksum(mask),
+    }
+    scratch = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(arrays, scratch, {"format": f"{_FORMAT}-{_VERSION}", "mask": json.dumps(about)})
+    scratch.replace(path)
+
+
+def load_mask(path: str | Path, model: str | None = None) -> Mask:
+    """Read a mask file, and check that it was made for the model with this fingerprint.
+
+    Raises:
+        MaskError: The file is missing or damaged, or belongs to another model.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise MaskError(f"mask {path}: no such file")
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            check_format(metadata["format"], _FORMAT, _VERSION, f"mask {path}")
+            about = json.loads(metadata["mask"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+            shapes = tuple(tuple(shape) for shape in about["shapes"])
+            listed = [arrays.get(f"indices.{number}") for number in range(len(shapes))]
+            _check_size(shapes, listed)
+            mask = Mask(
+                tuple(about["names"]),
+                shapes,
+                tuple(
+                    np.arange(math.prod(shape)) if indices is None else indices.astype(np.int64)
+                    for shape, indices in zip(shapes, listed, strict=True)
+                ),
+                about["eligible"],
+                about["model"],
+                about["kind"],
+                arrays.get("gradient"),
+                about["concentration"],
+                arrays.get("initial"),
+            )
+        _check_form(mask)
+        if _checksum(mask) != about["checksum"]:
+            raise ValueError("its checksum does not match; calibrate again")
+    except (
+        SafetensorError,
+        AttributeError,  # numpy lacks a type that safetensors has
+        KeyError,
+        MemoryError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        cause = " ".join(str(error).split())  # it may quote the file
+        raise MaskError(f"mask {path} is not a mask file, or is damaged: {cause}") from None
+    if model is not None and mask.model != model:
+        raise MaskError(
+            f"mask {path} was made for another model (fingerprint {mask.model[:12]}, this model is "
+            f"{model[:12]}); calibrate for this model, or load the model with the same dtype"
+        )
+    return mask
+
+
+def check_format(found: str, name: str, version: int, what: str) -> None:
+    """Is a file of this format, in the version that is read here?
+
+    Args:
+        found: What the file says, `name-version`.
+
+    Raises:
+        MaskError: It is of an older or a newer version.
+        ValueError: It is of another format.
+    """
+    stem, _, number = found.rpartition("-")
+    if stem != name or not number.isdecimal():
+        raise ValueError(f"its format is {found[:80]!r}, not {name!r}")
+    if int(number) != version:
+        age = "an older" if int(number) < version else "a newer"
+        raise MaskError(
+            f"{what} was written by {age} version of meerkat-fl (its format is {found[:80]}, this "
+            f"one reads {name}-{version}); make it again, or use that version"
+        )
+
+
+def _check_size(shapes: tuple[tuple[int, ...], ...], listed: list[np.ndarray | None]) -> None:
+    """Before room is made: a tensor that is masked as a whole takes no bytes in the file."""
+    if any(type(side) is not int or side < 1 for shape in shapes for side in shape):
+        raise ValueError("a shape is none")
+    whole = sum(math.prod(s) for s, indices in zip(shapes, listed, strict=True) if indices is None)
+    if whole > _MOST_WHOLE:
+        raise ValueError(f"it claims more than {_MOST_WHOLE} coordinates that it does not list")
+    for indices in listed:
+        if indices is not None and (indices.ndim != 1 or indices.dtype not in _INDEX_TYPES):
+            raise ValueError("its indices are no lists of integers")
+
+
+def _check_form(mask: Mask) -> None:
+    """Check types, order and ranges, which a valid checksum does not guarantee."""
+    texts = (*mask.names, mask.model, mask.kind)
+    spread = mask.concentration
+    if not all(isinstance(text, str) for text in texts) or type(mask.eligible) is not int:
+        raise ValueError("a field is of another type")
+    if spread is not None and (
+        type(spread) is not dict or not all(type(value) is float for value in spread.values())
+    ):
+        raise ValueError("its concentration is of another type")
+    if len(set(mask.names)) != len(mask.shapes) or len(mask.names) != len(mask.shapes):
+        raise ValueError("its names and shapes do not agree")
+    for shape, indices in zip(mask.shapes, mask.indices, strict=True):
+        ascending = (indices[1:] > indices[:-1]).all()
+        if not len(indices) or not ascending or indices[0] < 0 or indices[-1] >= math.prod(shape):
+            raise ValueError("its indices are not ascending, or not inside their tensor")
+    if mask.eligible < mask.size:
+        raise ValueError(f"it has more than the {mask.eligible} coordinates to choose from")
+    for values in (mask.gradient, mask.initial):
+        if values is not None and (values.dtype != np.float32 or values.shape != (mask.size,)):
+            raise ValueError("its gradient or initial parameters are not one float32 a coordinate")
+
+
+def _checksum(mask: Mask) -> str:
+    """SHA-256 of all that a mask file holds."""
+    others = (mask.eligible, mask.model, mask.kind, mask.concentration)
+    digest = hashlib.sha256(f"{mask.digest} {others}\n".encode())
+    for values in (mask.gradient, mask.initial):
+        if values is not None:
+            digest.update(values.astype("<f4").tobytes())
+    return digest.hexdigest()

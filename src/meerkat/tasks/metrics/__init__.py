@@ -1,0 +1,49 @@
+"""Metrics by the name that `evaluation.metrics` has: one file each or a few, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from meerkat.errors import RecipeError
+from meerkat.registry import look_up
+from meerkat.tasks.metrics.accuracy import Accuracy
+from meerkat.tasks.metrics.base import Metric, Sums
+from meerkat.tasks.metrics.by_class import BalancedAccuracy, MacroF1
+from meerkat.tasks.metrics.loss import Loss
+
+__all__ = ["LOSS", "METRICS", "Metric", "Sums", "metric_names", "metric_values"]
+
+LOSS = "loss"
+"""The metric that every evaluation has."""
+
+METRICS: Mapping[str, Metric] = {
+    LOSS: Loss(),
+    "accuracy": Accuracy(),
+    "macro_f1": MacroF1(),
+    "balanced_accuracy": BalancedAccuracy(),
+}
+
+_CLASSIFICATION = ("accuracy", "macro_f1")
+
+
+def metric_names(wanted: Sequence[str], has_classes: bool) -> tuple[str, ...]:
+    """The loss, then what a recipe asks for, or what the kind of task has by default.
+
+    Raises:
+        RecipeError: A metric is not known, or needs classes where there are none.
+    """
+    for name in wanted:
+        if look_up(METRICS, name, "evaluation.metrics").of_classes and not has_classes:
+            raise RecipeError(
+                f"evaluation.metrics: {name!r} is about classes, and the task is free text; "
+                "leave it out"
+            )
+    chosen = wanted or (_CLASSIFICATION if has_classes else ())
+    return tuple(dict.fromkeys((LOSS, *chosen)))
+
+
+def metric_values(sums: Mapping[str, Sums], examples: int) -> dict[str, float]:
+    """Metrics by name from their sums; without examples all are NaN."""
+    if not examples:
+        return dict.fromkeys(sums, float("nan"))
+    return {name: METRICS[name].value(found, examples) for name, found in sums.items()}

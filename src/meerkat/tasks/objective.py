@@ -1,0 +1,38 @@
+"""The interface of an objective: what a step and an evaluation need of a model. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+__all__ = ["Objective", "Predictions"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Losses and predicted classes of S examples."""
+
+    losses: Float64[np.ndarray, " S"]
+    labels: Int64[np.ndarray, " S"]
+    """The true classes; 0 for free text."""
+    predicted: Int64[np.ndarray, " S"]
+    classes: int
+    """1 for free text, which has no classes."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss over examples at the weights as they are in the model.
+
+    Losses come one an example: their mean is taken once, by whoever needs it.
+    """
+
+    def losses(self, examples: Sequence[Any]) -> Float64[np.ndarray, " S"]:
+        """The loss of each example."""
+
+    def predict(self, examples: Sequence[Any]) -> Predictions:
+        """Losses and answers of each example."""

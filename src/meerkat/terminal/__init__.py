@@ -1,0 +1,1 @@
+"""What a process shows on a terminal: progress and tables."""

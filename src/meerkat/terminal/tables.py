@@ -1,0 +1,103 @@
+"""Results as tables and lines of text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from meerkat.tasks.metrics import LOSS, METRICS
+
+if TYPE_CHECKING:  # the help texts need no torch
+    from meerkat.federation.selection import Verdict
+    from meerkat.runs.finding_mask import FoundMask
+    from meerkat.runs.trajectories import Gradip
+
+__all__ = ["figures_table", "gradip_table", "mask_table", "summary_table"]
+
+
+def gradip_table(found: Gradip) -> list[str]:
+    """Lines with a summary of each client's path, and what was decided of it."""
+    where = "calibration" if found.calibration else "rounds"
+    lines = [f"{'client':>8} {'steps':>7} {'|GradIP| first':>15} {'later':>10} {'norm':>9} "]
+    lines[0] += f"{'cosine':>8}  over its {where}"
+    verdicts = {v.client: v for v in found.decision.verdicts} if found.decision else {}
+    for path in found.paths:
+        line = f"{path.client:8} {path.steps:7} {path.first:15.4g} {path.later:10.4g} "
+        line += f"{path.norm:9.3g} {path.cosine:8.4f}"
+        verdict = verdicts.get(path.client)
+        if verdict is not None:
+            line += f"  {_reason(verdict)}"
+        lines.append(line)
+    return lines
+
+
+def _reason(verdict: Verdict) -> str:
+    word = f"stopped, T_k = {verdict.steps}" if verdict.flagged else "kept"
+    if verdict.rho_later is None:
+        return word
+    word += f"; ρ_later {verdict.rho_later:.3g}"
+    if verdict.rho_quiet is not None:
+        word += f", ρ_quiet {verdict.rho_quiet:.2f}"
+    return word if verdict.margin is None else f"{word}, margin {verdict.margin:+.2f}"
+
+
+def mask_table(found: FoundMask) -> list[str]:
+    """Lines that say how concentrated a mask's sensitivity is, and where it lies."""
+    mask = found.mask
+    share = mask.size / mask.eligible
+    lines = [f"{mask.size:,} of {mask.eligible:,} eligible parameters ({share:.2%}), {mask.kind}"]
+    if mask.concentration is not None:
+        mass, ratio = mask.concentration["mass"], mask.concentration["ratio"]
+        lines.append(
+            f"they hold {mass:.0%} of the summed score; their mean score is {ratio:.0f} times that "
+            f"of the next {9 * mask.size:,}"
+        )
+    counts: dict[str, int] = defaultdict(int)
+    for name, indices in zip(mask.names, mask.indices, strict=True):
+        counts[name] += len(indices)
+    lines.append("most of them lie in")
+    for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]:
+        lines.append(f"  {count / mask.size:6.1%}  {name}")
+    if found.path is not None:
+        lines.append(f"mask {found.path}")
+    return lines
+
+
+def summary_table(summary: dict[str, Any], directory: Path) -> Table:
+    """What a run has come to."""
+    rows: dict[str, str] = {}
+    before, after = summary["before"], summary["after"]
+    for name in (*(name for name in after if name != LOSS), LOSS):
+        if name in before and name in after:
+            title = METRICS[name].title if name in METRICS else name
+            rows[title] = f"{before[name]:.3f} → {after[name]:.3f}"
+    up, down = summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"]
+    rows["bytes a client and round"] = f"{up:.0f} up, {down:.0f} down"
+    rows["parameters that moved"] = f"{summary['mask_size']:,}"
+    if summary["stopped_early"]:
+        stopped = ", ".join(map(str, summary["stopped_early"]))
+        rows["stopped early"] = stopped if len(stopped) <= 60 else f"{stopped[:60]} …"
+    rows["state digest"] = summary["state_digest"][:16]
+    if (directory / "report.html").exists():
+        rows["report"] = str(directory / "report.html")
+    return _two_columns(rows)
+
+
+def figures_table(figures: dict[str, Any]) -> Table:
+    """Names and values."""
+    return _two_columns(
+        {
+            key: f"{value:.4g}" if isinstance(value, float) else str(value)
+            for key, value in figures.items()
+        }
+    )
+
+
+def _two_columns(rows: dict[str, str]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows.items():
+        table.add_row(*row)
+    return table

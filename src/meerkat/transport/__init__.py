@@ -1,0 +1,1 @@
+"""Frames between server and client, their encoding, and what carries them."""

@@ -1,0 +1,146 @@
+"""Frames from client to server; `frame.py` has their order."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self, cast
+
+import numpy as np
+
+from meerkat.errors import ProtocolError
+from meerkat.federation.messages import ClientReport
+from meerkat.transport.frame import (
+    VERSION,
+    EmptyFrame,
+    TextFrame,
+    UpFrame,
+    check_version,
+    decode,
+    unpack,
+    unpack_exactly,
+)
+from meerkat.transport.handshake import Proof
+from meerkat.transport.messages import decode_report, encode_report
+
+__all__ = ["Evaluation", "Failed", "Hello", "Need", "Report", "WantSpace", "decode_up"]
+
+_POSITION = struct.Struct("<I")
+_HELLO = struct.Struct("<BIIII32s32s32s")
+_EVALUATION = struct.Struct("<IIB")
+_METRIC = struct.Struct("<BI")
+"""Length of a metric's name in bytes, and its number of sums."""
+_NAME = re.compile(rb"[!-~]+")
+"""A metric's name: printable, as it may get into a log."""
+
+
+def decode_up(data: bytes) -> UpFrame:
+    """The frame that a client sent.
+
+    Raises:
+        ProtocolError: The bytes are not a valid frame from a client.
+    """
+    return cast(UpFrame, decode(data, UpFrame.kinds))
+
+
+@dataclass(frozen=True)
+class WantSpace(EmptyFrame, UpFrame, number=64):
+    """Request for the mask, from a client that has none with the digest of the setup."""
+
+
+@dataclass(frozen=True)
+class Hello(UpFrame, number=65):
+    """A client's number, how many examples it has, and how much of the log its state contains."""
+
+    client: int
+    examples: int
+    """To train on."""
+    held_out: int
+    """To evaluate on."""
+    position: int
+    """Updates of the log that its state contains."""
+    proof: Proof
+
+    def body(self) -> bytes:
+        proof = self.proof
+        digests = (bytes.fromhex(digest) for digest in (proof.model, proof.space, proof.noise))
+        counts = (self.client, self.examples, self.held_out, self.position)
+        return _HELLO.pack(VERSION, *counts, *digests)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        check_version(body, "the client")
+        _, client, examples, held_out, position, *digests = unpack_exactly(_HELLO, body, "hello")
+        return cls(client, examples, held_out, position, Proof(*(d.hex() for d in digests)))
+
+
+@dataclass(frozen=True)
+class Report(UpFrame, number=66):
+    """The answer to a plan."""
+
+    report: ClientReport
+
+    def body(self) -> bytes:
+        return encode_report(self.report)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        return cls(decode_report(body))
+
+
+@dataclass(frozen=True)
+class Need(UpFrame, number=67):
+    """The client lacks updates of the log that a plan or an evaluation assumes."""
+
+    position: int
+
+    def body(self) -> bytes:
+        return _POSITION.pack(self.position)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        return cls(*unpack_exactly(_POSITION, body, "need"))
+
+
+@dataclass(frozen=True)
+class Evaluation(UpFrame, number=68):
+    """The answer to an evaluation request: sums over examples, which the server adds up."""
+
+    round: int
+    examples: int
+    sums: Mapping[str, tuple[float, ...]]
+    """The sums of each metric, by name; see `tasks.metrics`."""
+
+    def body(self) -> bytes:
+        parts = [_EVALUATION.pack(self.round, self.examples, len(self.sums))]
+        for name, sums in self.sums.items():
+            encoded = name.encode()
+            parts += [_METRIC.pack(len(encoded), len(sums)), encoded]
+            parts.append(np.asarray(sums, "<f8").tobytes())
+        return b"".join(parts)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        number, examples, count = unpack(_EVALUATION, body, "evaluation")
+        place, sums = _EVALUATION.size, dict[str, tuple[float, ...]]()
+        for _ in range(count):
+            length, width = unpack(_METRIC, body[place : place + _METRIC.size], "metric")
+            place += _METRIC.size
+            name, values = body[place : place + length], body[place + length :][: 8 * width]
+            place += length + 8 * width
+            if place > len(body) or not _NAME.fullmatch(name):
+                raise ProtocolError(f"evaluation of {len(body)} bytes does not hold its metrics")
+            found = np.frombuffer(values, "<f8")
+            if not np.isfinite(found).all():
+                raise ProtocolError("evaluation: a sum is not finite")
+            sums[name.decode()] = tuple(found.tolist())
+        if place != len(body) or len(sums) != count or not examples:
+            raise ProtocolError(f"evaluation of {len(body)} bytes and {examples} examples")
+        return cls(number, examples, sums)
+
+
+@dataclass(frozen=True)
+class Failed(TextFrame, UpFrame, number=69):
+    """The client could not answer, with the reason."""

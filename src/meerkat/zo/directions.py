@@ -1,0 +1,107 @@
+"""Directions of a run: which keys a client's step has, and the z of a key.
+
+A key names coordinates of the noise. In the log it stands for its direction, so that 12 bytes are
+sent instead of n values (method.md section 3, Noise, and section 6).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32
+
+from meerkat.zo.noise import SHARED, Kind, NoiseKey, draw
+
+__all__ = ["DirectionKey", "FreshKeys", "KeyScheme", "PerturbationStream"]
+
+_KEPT_BYTES = 64 * 2**20
+"""Most bytes of a run's directions that are kept after they were drawn."""
+_SMALL = 2**16
+"""Bytes that even a small direction counts for, so that there are never many."""
+
+
+@dataclass(frozen=True)
+class DirectionKey:
+    """Coordinates of one direction within a run."""
+
+    round: int
+    step: int
+    perturbation: int = 0
+    client: int = SHARED
+    """Whose direction it is: `noise.SHARED`, a client's number, or a mark such as `POOL`."""
+
+
+@runtime_checkable
+class KeyScheme(Protocol):
+    """How the keys of a step are chosen; a pure function of its arguments."""
+
+    def key(self, seed: int, place: DirectionKey) -> DirectionKey:
+        """The key of the direction that is used at this place of the run."""
+
+
+@dataclass(frozen=True)
+class FreshKeys:
+    """A new direction for each place: the key is the place itself (the default)."""
+
+    def key(self, seed: int, place: DirectionKey) -> DirectionKey:
+        return place
+
+
+@dataclass(frozen=True)
+class PerturbationStream:
+    """All directions of a run: what server, clients and replay draw from."""
+
+    seed: int
+    n: int
+    """Values of a direction: those of θ."""
+    kind: Kind = "gaussian"
+    shared: bool = True
+    """One direction for all clients of a step, or one for each client."""
+    perturbations: int = 1
+    """Q, directions that a step averages over."""
+    scheme: KeyScheme = field(default_factory=FreshKeys)
+
+    def owner(self, client: int) -> int:
+        """Whose direction a client's step goes along."""
+        return SHARED if self.shared else client
+
+    def keys(self, round: int, step: int, client: int) -> tuple[DirectionKey, ...]:
+        """Keys of the Q directions of a client's local step."""
+        owner = self.owner(client)
+        return tuple(
+            self.scheme.key(self.seed, DirectionKey(round, step, q, owner))
+            for q in range(self.perturbations)
+        )
+
+    def z(self, key: DirectionKey) -> Float32[np.ndarray, " n"]:
+        """z(r, t) of method.md section 1; read-only.
+
+        The same z is needed by each client of a process, by the server, and by who catches up, so
+        those that were drawn last are kept.
+        """
+        coordinates = NoiseKey(self.seed, key.round, key.step, key.perturbation, key.client)
+        return _recent(coordinates, self.n, self.kind)
+
+
+_kept: OrderedDict[tuple[NoiseKey, int, Kind], Float32[np.ndarray, " n"]] = OrderedDict()
+_keeping = Lock()
+
+
+def _recent(key: NoiseKey, n: int, kind: Kind) -> Float32[np.ndarray, " n"]:
+    """`draw`, from what was drawn last if it is there."""
+    name = (key, n, kind)
+    with _keeping:
+        if name in _kept:
+            _kept.move_to_end(name)
+            return _kept[name]
+    z = draw(key, n, kind)
+    z.setflags(write=False)
+    with _keeping:
+        _kept[name] = z
+        while len(_kept) > _KEPT_BYTES // max(z.nbytes, _SMALL):
+            _kept.popitem(last=False)
+    return z

@@ -1,0 +1,67 @@
+"""The interface of an estimator: from losses at a few points to one coefficient a direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64
+
+from meerkat.errors import DivergedError
+from meerkat.zo.state import Theta
+
+__all__ = ["Estimate", "Estimator", "LossesAt", "mean_loss"]
+
+LossesAt: TypeAlias = Callable[[Theta | None], Float64[np.ndarray, " S"]]
+"""Offset from θ (None is θ itself) → the loss of each example of the batch."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Result of the forward passes of one local step."""
+
+    coefficients: tuple[float, ...]
+    """g, the projected gradient along each direction: the slope of the loss."""
+    loss: float
+    """About the mean loss at θ; it stays on the client."""
+
+
+@runtime_checkable
+class Estimator(Protocol):
+    """Losses near θ → the slopes along some directions (method.md section 3)."""
+
+    fewest_directions: ClassVar[int]
+    """Directions that it needs at least."""
+
+    def forward_passes(self, directions: int) -> int:
+        """Forward passes over the batch for so many directions."""
+
+    def estimate(
+        self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
+    ) -> Estimate:
+        """The slopes along the directions.
+
+        Raises:
+            DivergedError: A loss is not finite.
+        """
+
+
+def mean_loss(losses: Float64[np.ndarray, " S"], where: str) -> float:
+    """f(θ; batch), the mean over the examples, correctly rounded whatever their order.
+
+    Raises:
+        DivergedError: It is not finite.
+    """
+    try:
+        mean = math.fsum(losses.tolist()) / len(losses)
+    except (OverflowError, ValueError):  # too large, or infinities of both signs
+        mean = math.nan
+    if not math.isfinite(mean):
+        raise DivergedError(
+            f"the loss is not finite at {where}; lower optimizer.learning_rate or "
+            "optimizer.epsilon, or set model.dtype = 'float32'"
+        )
+    return mean

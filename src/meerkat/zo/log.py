@@ -1,0 +1,96 @@
+"""The log of a run: how far the state goes along which directions (method.md section 6)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from meerkat.zo.directions import DirectionKey, PerturbationStream
+from meerkat.zo.state import ModelState
+from meerkat.zo.update_rules.base import UpdateRule
+
+__all__ = ["Log", "LogEntry", "Update", "apply_log", "apply_update"]
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One direction and its coefficient."""
+
+    key: DirectionKey
+    coefficient: float
+    """ḡ by the number of perturbations, a float64."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One application of the update rule: the estimate ĝ = Σ c z of a step, and its rate."""
+
+    learning_rate: float
+    """η, a float32."""
+    entries: tuple[LogEntry, ...]
+    """At least one."""
+
+
+def apply_update(
+    state: ModelState, update: Update, rule: UpdateRule, stream: PerturbationStream
+) -> ModelState:
+    """The state after one update; z is drawn when its turn comes, so memory is O(n)."""
+    terms = ((entry.coefficient, stream.z(entry.key)) for entry in update.entries)
+    return rule.apply(state, update.learning_rate, terms)
+
+
+def apply_log(
+    state: ModelState, updates: Iterable[Update], rule: UpdateRule, stream: PerturbationStream
+) -> ModelState:
+    """The state after updates in their order (method.md section 6)."""
+    for update in updates:
+        state = apply_update(state, update, rule, stream)
+    return state
+
+
+class Log:
+    """The append-only list of updates, in memory at 24 bytes an entry and 16 an update.
+
+    A position in the log is a number of updates.
+    """
+
+    def __init__(self) -> None:
+        self._keys = array("I")
+        self._coefficients = array("d")
+        self._rates = array("d")
+        self._ends = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def append(self, updates: Iterable[Update]) -> None:
+        """Add updates at the end."""
+        for update in updates:
+            for entry in update.entries:
+                key = entry.key
+                self._keys.extend((key.round, key.step, key.perturbation, key.client))
+                self._coefficients.append(entry.coefficient)
+            self._rates.append(update.learning_rate)
+            self._ends.append(len(self._coefficients))
+
+    def since(self, position: int) -> tuple[Update, ...]:
+        """Updates from this position on."""
+        return tuple(self._update(index) for index in range(position, len(self)))
+
+    def entries_since(self, position: int) -> int:
+        """How many entries these have."""
+        return len(self._coefficients) - self._start(position)
+
+    def __iter__(self) -> Iterator[Update]:
+        return (self._update(index) for index in range(len(self)))
+
+    def _start(self, index: int) -> int:
+        return self._ends[index - 1] if index else 0
+
+    def _update(self, index: int) -> Update:
+        entries = tuple(
+            LogEntry(DirectionKey(*self._keys[4 * i : 4 * i + 4]), self._coefficients[i])
+            for i in range(self._start(index), self._ends[index])
+        )
+        return Update(self._rates[index], entries)

@@ -1,0 +1,39 @@
+"""The interface of an update rule, and what several rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from meerkat.zo.state import ModelState, Theta
+
+__all__ = ["Term", "UpdateRule", "estimate"]
+
+Term = tuple[float, Theta]
+"""A coefficient, and its direction."""
+
+
+@runtime_checkable
+class UpdateRule(Protocol):
+    """(state, directions with their coefficients, rate) → state.
+
+    A rule is a pure function of its arguments, and uses only operations that IEEE 754 rounds
+    correctly (+, -, *, /, sqrt), each on its own: client, server and replay get the same bits on
+    every machine.
+    """
+
+    def init(self, theta: Theta) -> ModelState:
+        """The state before any update, with this θ."""
+
+    def apply(self, state: ModelState, learning_rate: float, terms: Iterable[Term]) -> ModelState:
+        """The state after one update; `terms` can be read once."""
+
+
+def estimate(terms: Iterable[Term], like: Theta) -> Theta:
+    """ĝ = Σ c z in float32, term by term in their order (method.md section 3)."""
+    total = np.zeros_like(like)
+    for coefficient, z in terms:
+        total += np.float32(coefficient) * z
+    return total

