@@ -107,7 +107,7 @@ def test_same_without_the_vector_instructions_of_this_processor() -> None:
     umath = np._core._multiarray_umath
     used = [f for f in umath.__cpu_dispatch__ if umath.__cpu_features__.get(f)]
     if not used:
-        pytest.skip("numpy dispatches to no special instructions here")
+        pytest.skip("numpy has no special instructions to use on this machine")
     assert fingerprint_in_process(NPY_DISABLE_CPU_FEATURES=" ".join(used)) == FINGERPRINT
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meerkat.config import MaskSection
 from meerkat.models.loading import LoadedModel
+from meerkat.models.objective import TextObjective
 from meerkat.spaces.mask_criteria import eligible_parameters, top_mask
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import (
@@ -156,6 +157,26 @@ def test_mask_without_a_tensor_reads_the_gradient_of_the_others() -> None:
         *kept.gradients[names[0]].flatten()[[0, 7]].tolist(),
         kept.gradients[names[1]].flatten()[3].item(),
     ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_objectives_own_loss_gives_the_same_scores(architecture: str) -> None:
+    """It attends by another function, and returns float32 whatever the weights are."""
+    plain, packed = tiny_model(architecture), tiny_model(architecture)
+    objective = TextObjective(packed, 10_000)
+    names = eligible_parameters(plain.model, MaskSection())
+    expected = sensitivity_scores(loss_of(plain), names, BATCHES, MaskSection())
+    found = sensitivity_scores(
+        objective.pretraining_loss,
+        eligible_parameters(packed.model, MaskSection()),
+        BATCHES,
+        MaskSection(),
+    )
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+    for name in names:
+        assert_close(found.scores[name], expected.scores[name], torch.float32)
+    half = TextObjective(tiny_model(architecture, torch.bfloat16), 10_000)
+    assert half.pretraining_loss(BATCHES[0]).dtype == torch.float32
 
 
 # How concentrated the scores are

@@ -1,7 +1,7 @@
 """Examples side by side in one row of tokens, so that no padding is ever multiplied.
 
 Three examples of 3, 5 and 2 tokens are one row of 10, not three rows of 5. Only attention,
-which must keep them apart, sees them as a grid of 3 × 5 (see `models/attention.py`). The verbalizers
+which must keep them apart, sees them as a grid of 3 × 5 (`models/attention.py`). The verbalizers
 of one example branch off its prompt, which is computed once:
 
     prompt prompt prompt ┬ answer₀ answer₀

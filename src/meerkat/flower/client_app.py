@@ -42,54 +42,54 @@ def session(message: Message, context: Context) -> Message:
     """Open a stream to the server app and stay in it to the end of the run."""
     quiet_libraries()
     try:
-        participant = ClientSession(NodeConfig.of(context.node_config), _log.info)
+        client = ClientSession(NodeConfig.of(context.node_config), _log.info)
         received = unpack(message.content)
         if len(received) != 1:
             raise ProtocolError(f"an invitation with {len(received)} frames; it has one")
         setup = _setup(received[0])
         # The model is loaded before the stream is opened, so that the server waits for nobody.
-        participant.begin(setup)
+        client.begin(setup)
         sent = message.content.config_records["meerkat"].get("invitation")
         invitation = Invitation.decode(sent if isinstance(sent, bytes) else b"")
         summary = join_session(
-            invitation, participant.answer, lambda: participant.begin(setup), _log.info
+            invitation, client.answer, lambda: client.begin(setup), _log.info
         )
     except MeerkatError as error:
         return Message(pack([_failed(error)]), reply_to=message)
     figures = {key: value for key, value in asdict(summary).items() if value is not None}
-    figures |= {"answered": participant.answered, "seconds_working": participant.working}
+    figures |= {"answered": client.answered, "seconds_working": client.working}
     content = RecordDict({"summary": ConfigRecord(figures)})
     return Message(content, reply_to=message)
 
 
 def _answer(received: list[bytes], context: Context) -> list[bytes]:
     """A message starts with a setup, or goes on where the node's last one ended."""
-    participant = ClientSession(NodeConfig.of(context.node_config), _log.info)
+    client = ClientSession(NodeConfig.of(context.node_config), _log.info)
     setup = next((data for data in received if isinstance(decode_down(data), Setup)), None)
     if setup is not None:
-        answers = [participant.begin(_setup(setup))]
+        answers = [client.begin(_setup(setup))]
     else:
-        setup, answers = _recall(participant, context), []
+        setup, answers = _recall(client, context), []
     for data in received:
         if data != setup:
-            answers.extend(participant.answer(data))
-    remembered = participant.remembered() if _setup(setup).remember else None
+            answers.extend(client.answer(data))
+    remembered = client.remembered() if _setup(setup).remember else None
     kept = ConfigRecord({"setup": setup})
     if remembered is not None:
-        kept["theta"] = remembered
+        kept["state"] = remembered
     context.state.config_records[_STATE] = kept
     return answers
 
 
-def _recall(participant: ClientSession, context: Context) -> bytes:
-    """Bring a participant to where the node was after its last message; the setup of then."""
+def _recall(client: ClientSession, context: Context) -> bytes:
+    """Bring a client to where the node was after its last message; the setup of then."""
     state = context.state.config_records.get(_STATE, ConfigRecord())
-    setup, theta = state.get("setup"), state.get("theta")
+    setup, remembered = state.get("setup"), state.get("state")
     if not isinstance(setup, bytes):
         raise ProtocolError("a message of a run that this node was not set up for")
-    participant.begin(_setup(setup))
-    if isinstance(theta, bytes):
-        participant.recall(theta)
+    client.begin(_setup(setup))
+    if isinstance(remembered, bytes):
+        client.recall(remembered)
     return setup
 
 

@@ -1,7 +1,7 @@
 """The two transports over Flower: frames in Flower messages, and streams that Flower invites to.
 
-A node is a peer. Flower has made sure who sits there, by TLS and the node's key where a deployment
-has them; what is sent to a node here reaches that node alone.
+A node is a peer. Flower authenticates it, by TLS and the node's key where a deployment has them;
+what is sent to a node here reaches that node alone.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _PATIENCE = 2.0
 _Code = grpc.StatusCode
 _FINAL = {
     _Code.UNAUTHENTICATED: "the server refuses this invitation",
-    _Code.ALREADY_EXISTS: "the server has another client in this peer",
+    _Code.ALREADY_EXISTS: "the server has another connection of this peer",
     _Code.RESOURCE_EXHAUSTED: "a frame is larger than the other side takes",
     _Code.UNIMPLEMENTED: "no Meerkat server of this version is there",
     _Code.FAILED_PRECONDITION: "the server ended the session",

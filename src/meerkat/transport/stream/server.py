@@ -27,7 +27,7 @@ _HALF_CLOSED = 0.1
 """Seconds after the end of a client's frames in which gRPC reports a broken connection."""
 _REFUSALS = 60
 """Most log lines about refused streams in one minute."""
-_REPLACED = "a new connection took its peer"
+_REPLACED = "a new connection of this peer replaced it"
 _Code = grpc.StatusCode
 
 

@@ -52,7 +52,7 @@ class Tokens:
         if not same_run:
             raise ProtocolError("its invitation is for another run")
         if not known:
-            raise ProtocolError("nobody with that peer was invited")
+            raise ProtocolError("that peer was not invited")
         if not same_token:
             raise ProtocolError("its token is not that of the last invitation to this peer")
         if peer in self._barred:
