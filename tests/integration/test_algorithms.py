@@ -136,7 +136,6 @@ def test_every_choice_changes_what_is_computed(whole: Callable[[str], Whole]) ->
         assert len({run.summary[figure] for run in runs}) == len(CHOICES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [

@@ -51,9 +51,7 @@ def session(message: Message, context: Context) -> Message:
         client.begin(setup)
         sent = message.content.config_records["meerkat"].get("invitation")
         invitation = Invitation.decode(sent if isinstance(sent, bytes) else b"")
-        summary = join_session(
-            invitation, client.answer, lambda: client.begin(setup), _log.info
-        )
+        summary = join_session(invitation, client.answer, lambda: client.begin(setup), _log.info)
     except MeerkatError as error:
         return Message(pack([_failed(error)]), reply_to=message)
     figures = {key: value for key, value in asdict(summary).items() if value is not None}
