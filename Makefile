@@ -1,6 +1,6 @@
 # make demo    install into .venv what the demo needs, and run it
 # make test    install what the tests need, and pass them all
-# make test-fast  those that one runs while working: under 90 s on two cores
+# make test-fast  the quick unit tests, to run while working
 # make check   lint, format, types, import order, doctests
 # A second call installs nothing again.
 
@@ -21,7 +21,7 @@ test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not real" tests/unit tests/integration
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not real" tests/unit
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

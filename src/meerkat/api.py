@@ -98,8 +98,8 @@ def run(
         recipe: A recipe, or the path of one.
         out: The run's directory; by default `runs/` and the recipe's name and fingerprint.
         overrides: `section.field=value`, as `--set`.
-        observers: Who is told what happens, beside progress and selection.json, which every run
-            has; by default the one that draws the report.
+        observers: Are told each event of the run, as are those of progress and selection.json,
+            which every run has. By default one that draws the report; `()` for none.
 
     Raises:
         MeerkatError: What was wrong; rounds that are in the journal stay there.
@@ -116,7 +116,7 @@ def run(
 
 
 def default_out(source: Source, recipe: Recipe) -> Path:
-    """Where a run goes that names no directory."""
+    """The directory of a run for which none is given."""
     name = "run" if isinstance(source, Recipe) else Path(source).stem
     return Path("runs") / f"{name}-{recipe.fingerprint[:8]}"
 
@@ -252,10 +252,10 @@ def export(
 def gradip(
     directory: str | Path, to: str | Path | None = None, clients: Sequence[int] = ()
 ) -> Gradip:
-    """How each client walked along the pre-training gradient (method.md section 5).
+    """GradIP: how each client's steps lie to the pre-training gradient (method.md section 5).
 
-    From the journal of a run that is finished or under way, whether it selects clients or not:
-    over the calibration of each client if there was one, else over all its rounds.
+    From the journal of a run that is finished or under way, whether it stops clients early or not:
+    over each client's calibration if there was one, else over all its rounds.
 
     Args:
         to: Write GradIP, norm and cosine of every step to this CSV file, calibrations first.
@@ -280,7 +280,7 @@ def report(directory: str | Path) -> Path:
 
 
 def split(recipe: Source, to: str | Path, overrides: Sequence[str] = ()) -> list[Path]:
-    """Write what each client of a recipe holds as a folder of its own, to try a deployment with.
+    """Write the examples of each client of a recipe to a folder of its own, to try a deployment.
 
     Raises:
         MeerkatError: The data cannot be split like this, or `to` is not an empty folder.

@@ -152,7 +152,7 @@ def split(
     to: Annotated[Path, typer.Option(help="The folder to write.")],
     overrides: Overrides = None,
 ) -> None:
-    """Write what each client holds as a folder of its own, to try a deployment with."""
+    """Write the examples of each client to a folder of its own, to try a deployment."""
     from meerkat import api
 
     for folder in api.split(recipe, to, overrides or ()):
@@ -200,7 +200,7 @@ def evaluate(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Metrics (accuracy, macro F1, loss) on a split, of a run or of any model."""
+    """The loss and the recipe's metrics on a split, of a run or of any model."""
     from meerkat import api
 
     with Bar() as progress:
@@ -252,7 +252,7 @@ def gradip(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How each client walks along the pre-training gradient, from the journal alone."""
+    """How each client's steps lie to the pre-training gradient, from the journal alone."""
     from meerkat import api
 
     found = api.gradip(directory, to, clients or ())

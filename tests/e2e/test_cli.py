@@ -40,6 +40,7 @@ def test_help_of_every_command() -> None:
         assert "Usage" in text.output
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_processes_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
     """run, replay --digest, evaluate, export, report, resume; then plain transformers."""
     out = tmp_path / "run"

@@ -168,6 +168,7 @@ def test_step_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_processes_of_their_own(tiny_folder: Path) -> None:
     model = ModelSection(name=str(tiny_folder), dtype="float32")
     figures = peak_memory(model, Runtime(device="cpu", threads=1), examples(8), 4, 0.05)

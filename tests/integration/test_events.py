@@ -133,10 +133,10 @@ class Broken(RunObserver):
 def test_an_observer_that_fails_is_logged_and_stops_nothing(
     tiny_recipe_data: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, beside = run(tiny_recipe_data, tmp_path / "whole"), Recorder()
+    beside = Recorder()
     with caplog.at_level(logging.WARNING, "meerkat"):
         summary = run(tiny_recipe_data, tmp_path / "run", Broken(), beside)
-    assert summary["state_digest"] == whole["state_digest"]
+    assert summary["state_digest"] == meerkat.replay(tmp_path / "run", 4).digest
     # Those after it are told all the same.
     assert beside.events == [
         ("started", 0),

@@ -153,7 +153,7 @@ def test_partitions_that_cannot_be_made_are_refused(chosen: Federation, message:
         partition(make_examples(100), chosen, seed=0)
 
 
-# The data pointer
+# Batch order
 
 
 @settings(max_examples=150, deadline=None)

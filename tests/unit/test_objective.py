@@ -256,7 +256,11 @@ def test_the_token_budget_does_not_change_the_loss(kind: str, budget: int) -> No
     first, second = split.predict(batch), whole.predict(batch)
     assert first.losses == pytest.approx(second.losses, rel=1e-5, abs=1e-5)
     assert first.labels.tolist() == second.labels.tolist()
-    assert first.predicted.tolist() == second.predicted.tolist()
+    # Two scores may be nearer to each other than the two ways of computing them.
+    with torch.inference_mode():
+        best = whole.scores(pack(batch)).topk(min(2, first.classes)).values
+    clear = (best[:, 0] - best[:, -1] > 1e-4).numpy()
+    assert (first.predicted == second.predicted)[clear].all()
     assert first.classes == second.classes
 
 

@@ -35,6 +35,8 @@ from meerkat.zo.state import ModelState
 THETA = np.zeros(8, np.float32)
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
+pytestmark = pytest.mark.slow  # each draws pictures
+
 
 def digest(theta: np.ndarray) -> str:
     return ModelState(theta).digest

@@ -49,6 +49,8 @@ THETA = np.zeros(N, np.float32)
 COMPANIONS = {"gradip-norm", "gradip-cosine"}
 SECTION = "<h2>Early stopping</h2>"
 
+pytestmark = pytest.mark.slow  # each draws pictures
+
 
 def mask(gradient: bool = True) -> Mask:
     p = np.random.default_rng(3).normal(0, 40, N).astype(np.float32) if gradient else None

@@ -1,1 +1,1 @@
-"""Rows to examples, examples to tokens, tokens to packed batches, and who holds which."""
+"""Rows → examples → tokens → packed batches; which client holds which, in which order."""

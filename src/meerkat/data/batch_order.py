@@ -1,7 +1,7 @@
-"""The data pointer: which examples stand behind a client's next step.
+"""Batch order: which of its examples a client uses in each of its steps.
 
-A client goes through its examples in a new order each epoch. Where it stands is the number of
-steps that it has taken since the run began, which the journal tells; nothing else is kept, so
+A client goes through its examples in a new order each epoch. Its place is the number of steps
+that it has taken since the run began, which follows from the journal. No other state is kept, so
 a client that is stopped early, or comes back later, goes on where it was.
 """
 
@@ -13,7 +13,7 @@ __all__ = ["batch_indices"]
 
 
 def batch_indices(seed: int, client: int, held: int, batch_size: int, step: int) -> tuple[int, ...]:
-    """Which of a client's `held` examples are behind its step number `step` (from 0).
+    """Indices, below `held`, of the examples of a client's step number `step` (from 0).
 
     A batch runs on into the next epoch's order, so each example is used once an epoch. A client
     that holds fewer examples than a batch uses all of them.

@@ -1,4 +1,4 @@
-"""Who holds which examples, without any model; and each client's part as a folder of its own."""
+"""Which client holds which examples, and a folder for each; no model is needed."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def held_out_shard(recipe: Recipe, split: Split, client: int) -> tuple[Example, 
 
 
 def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
-    """Write what each client holds as `client-K/train.csv` and `client-K/test.csv`.
+    """Write the examples of each client K to `client-K/train.csv` and `client-K/test.csv`.
 
-    For trials of a deployment with a partition of one data set: a node that is given such a folder
-    holds just what client K holds in a simulation.
+    To try a deployment with a partition of one data set: a node that is given such a folder holds
+    exactly what client K holds in a simulation.
 
     Raises:
         DataError: As `load_partition`.
@@ -80,5 +80,5 @@ def _write(task: Task, examples: Sequence[Example], path: Path) -> None:
         table = csv.writer(file)
         table.writerow([*fields, answer])
         for example in examples:
-            told = task.label_names[example.label] if task.answer is None else example.answer
-            table.writerow([*(example.fields[field] for field in fields), told])
+            named = task.label_names[example.label] if task.answer is None else example.answer
+            table.writerow([*(example.fields[field] for field in fields), named])

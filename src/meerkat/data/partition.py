@@ -103,7 +103,7 @@ def _others(federation: Federation) -> tuple[int, str]:
 
 
 def _single_label(labels: np.ndarray, federation: Federation) -> list[list[int]]:
-    """Client k holds label k mod L alone; a label's examples are dealt to its clients in turn."""
+    """Client k holds label k mod L alone; its clients take the label's examples in turn."""
     kinds, (clients, named) = np.unique(labels), _others(federation)
     if clients < len(kinds):
         raise DataError(

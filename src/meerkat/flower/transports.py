@@ -256,10 +256,10 @@ class FlowerStreams:
             node = self._sessions.pop(reply.metadata.reply_to_message_id, None)
             if node is None:
                 continue
-            told = None if reply.has_error() else reply.content.config_records.get("summary")
-            if told is not None:  # there was a session, so earlier failures count no more
+            record = None if reply.has_error() else reply.content.config_records.get("summary")
+            if record is not None:  # there was a session, so earlier failures count no more
                 self._attempts.worked(node)
-                self._say(f"peer {node}: {', '.join(f'{k} {told[k]!r}' for k in sorted(told))}")
+                self._say(f"peer {node}: {', '.join(f'{k} {record[k]!r}' for k in sorted(record))}")
             self._attempts.failed(node)
             if reply.has_error():
                 cause = " ".join(str(reply.error.reason).split())

@@ -1,4 +1,4 @@
-"""How a process shows its progress, and keeps libraries quiet."""
+"""A progress bar on the terminal; and libraries that print nothing between our lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Bar(Progress):
         )
         self._task = self._bar.add_task("", total=1, figures="", visible=False)
         self._stage = ""
-        self._done = self._total = self._told = 0
+        self._done = self._total = self._printed = 0
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -65,29 +65,29 @@ class Bar(Progress):
         self._bar.stop()
 
     def start(self, stage: str, total: int, done: int = 0) -> None:
-        """Show a stage from its beginning, or from where it went on."""
-        self._stage, self._total, self._done, self._told = stage, total, done, done
+        """Begin a stage, of which `done` units are done already."""
+        self._stage, self._total, self._done, self._printed = stage, total, done, done
         self._bar.reset(self._task, description=stage, total=total, completed=done, visible=True)
         if not self._lively:
-            self._tell()
+            self._print()
 
     def advance(self) -> None:
         """Move the bar; without a terminal, print a line for each tenth of a stage."""
         self._done += 1
         self._bar.advance(self._task)
         tenth = max(1, self._total // 10)
-        if not self._lively and (self._done - self._told >= tenth or self._done == self._total):
-            self._told = self._done
-            self._tell()
+        if not self._lively and (self._done - self._printed >= tenth or self._done == self._total):
+            self._printed = self._done
+            self._print()
 
     def show(self, figures: dict[str, str]) -> None:
-        """Show figures from now on."""
+        """Show these figures beside the bar, and keep those shown before."""
         self._figures |= figures
         self._bar.update(self._task, figures=self._line())
 
     def _line(self) -> str:
         return "  ".join(f"{name} {value}" for name, value in self._figures.items())
 
-    def _tell(self) -> None:
+    def _print(self) -> None:
         line = f"{self._stage}: {self._done} of {self._total}  {self._line()}".rstrip()
         print(line, file=sys.stderr, flush=True)

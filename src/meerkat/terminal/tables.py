@@ -19,7 +19,7 @@ __all__ = ["figures_table", "gradip_table", "mask_table", "summary_table"]
 
 
 def gradip_table(found: Gradip) -> list[str]:
-    """Lines with a summary of each client's path, and what was decided of it."""
+    """A line for each client: a summary of its path, and what was decided about it."""
     where = "calibration" if found.calibration else "rounds"
     lines = [f"{'client':>8} {'steps':>7} {'|GradIP| first':>15} {'later':>10} {'norm':>9} "]
     lines[0] += f"{'cosine':>8}  over its {where}"
@@ -45,7 +45,7 @@ def _reason(verdict: Verdict) -> str:
 
 
 def mask_table(found: FoundMask) -> list[str]:
-    """Lines that say how concentrated a mask's sensitivity is, and where it lies."""
+    """Lines about a mask: how concentrated the sensitivity is, and in which tensors."""
     mask = found.mask
     share = mask.size / mask.eligible
     lines = [f"{mask.size:,} of {mask.eligible:,} eligible parameters ({share:.2%}), {mask.kind}"]
@@ -67,7 +67,7 @@ def mask_table(found: FoundMask) -> list[str]:
 
 
 def summary_table(summary: dict[str, Any], directory: Path) -> Table:
-    """What a run has come to."""
+    """A run's summary: metrics before and after, bytes, who was stopped early."""
     rows: dict[str, str] = {}
     before, after = summary["before"], summary["after"]
     for name in (*(name for name in after if name != LOSS), LOSS):
@@ -87,7 +87,7 @@ def summary_table(summary: dict[str, Any], directory: Path) -> Table:
 
 
 def figures_table(figures: dict[str, Any]) -> Table:
-    """Names and values."""
+    """Figures by name."""
     return _two_columns(
         {
             key: f"{value:.4g}" if isinstance(value, float) else str(value)
