@@ -439,7 +439,7 @@ WRONG: dict[str, tuple[Callable[[Hub], Iterable[tuple[str, str | bytes]]], str]]
     "token": (lambda hub: changed(hub, token="A" * 43), "peer 0.* token"),
     "old": (lambda hub: [changed(hub), hub.invite(0)][0], "peer 0.* token"),
     "of another peer": (lambda hub: changed(hub, token=hub.invite(1)), "peer 0.* token"),
-    "peer": (lambda hub: changed(hub, peer=7), "peer 7.*nobody"),
+    "peer": (lambda hub: changed(hub, peer=7), "peer 7.*not invited"),
     "run": (lambda hub: changed(hub, run="ruin"), "peer 0.*another run"),
     "barred": (lambda hub: [changed(hub), hub.drop(0, "", True)][0], "peer 0.*barred"),
     "barred, invited again": (lambda hub: [hub.drop(0, "", True), changed(hub)][1], "barred"),
@@ -508,7 +508,7 @@ def test_tokens_are_secret_and_each_is_fresh():
 
 def test_a_token_of_the_empty_string_opens_nothing():
     tokens = Tokens(RUN)
-    with pytest.raises(ProtocolError, match="nobody"):
+    with pytest.raises(ProtocolError, match="not invited"):
         tokens.check(RUN, 0, "")
     tokens.issue(0)
     with pytest.raises(ProtocolError, match="token"):
@@ -744,7 +744,7 @@ def test_a_client_that_was_replaced_does_not_come_back(make_hub):
     hub.take(0, HELLO)
     anew = Bare(session, [b"anew"])
     hub.take(0, b"anew")
-    assert "another client" in member.end().why
+    assert "another connection" in member.end().why
     anew.close()
 
 
