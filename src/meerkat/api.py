@@ -23,6 +23,7 @@ from meerkat.reporting.observer import ReportWriter
 from meerkat.runs.directory import journal_path, mask_of, mask_path, open_journal, recipe_of
 from meerkat.runs.events import Observers, RunObserver
 from meerkat.runs.execution import summary_if_complete
+from meerkat.runs.lock import locked
 from meerkat.runs.trajectories import Gradip, read_gradip
 from meerkat.runs.watching import ProgressObserver, SelectionWriter
 from meerkat.spaces.mask_file import save_mask
@@ -140,21 +141,25 @@ def resume(
     observer = _observers(observers, progress)
     recipe = recipe_of(directory)
     if recipe.runtime.engine == "flower":
-        summary = summary_if_complete(directory, recipe, observer, recover)
+        with locked(directory):
+            summary = summary_if_complete(directory, recipe, observer, recover)
         return summary or _simulate(recipe, directory, observer, progress, new=False)
     with needed_extra("train"):
         from meerkat.runs.local_run import resume_run
     return resume_run(directory, observer, progress, recover)
 
 
-def replay(directory: str | Path, rounds: int | None = None) -> Replayed:
+def replay(directory: str | Path, rounds: int | None = None, audit: bool = False) -> Replayed:
     """The training state after `rounds` rounds (all by default), from the journal alone.
+
+    Args:
+        audit: Check the whole journal and replay it from the start, without its checkpoints.
 
     Raises:
         MeerkatError: There is no such run or round, or θ is not what the run recorded.
     """
-    with closing(open_journal(Path(directory))) as journal:
-        state = replay_journal(journal, rounds)
+    with closing(open_journal(Path(directory), audit=audit)) as journal:
+        state = replay_journal(journal, rounds, audit)
         return Replayed(journal.rounds if rounds is None else rounds, state)
 
 

@@ -79,10 +79,25 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             _fail(" ".join(str(error).split()))
         except OSError as error:
             _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _fail(
+                "out of memory; lower federation.batch_size, task.max_length or "
+                "runtime.tokens_per_pass. Rounds that are in the journal are kept: `meerkat resume`"
+            )
         except KeyboardInterrupt:
             _fail("interrupted; a run goes on with `meerkat resume DIR`", 130)
 
     return app.command()(guarded)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch reports it as a RuntimeError, by its class on CUDA and by its text on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "not enough memory" in text
 
 
 def _fail(line: str, code: int = 2) -> None:
@@ -164,6 +179,10 @@ def replay(
     directory: DirectoryArgument,
     rounds: RoundOption = None,
     digest: Annotated[bool, typer.Option("--digest", help="Print the digest alone.")] = False,
+    audit: Annotated[
+        bool,
+        typer.Option("--audit", help="Check every record, and use no checkpoint."),
+    ] = False,
     to: Annotated[
         Path | None, typer.Option(help="Write θ to this file, as a safetensors file.")
     ] = None,
@@ -173,7 +192,7 @@ def replay(
 
     from meerkat import api
 
-    found = api.replay(directory, rounds)
+    found = api.replay(directory, rounds, audit)
     if to is not None:
         save_file({"theta": found.theta}, to, {"digest": found.digest})
     if digest:

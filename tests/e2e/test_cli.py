@@ -211,10 +211,10 @@ def killed(arguments, calls, delay):
             kill.start()
         return losses(*arguments)
 
-    def assembled(*arguments):
+    def assembled(*arguments, **options):
         if not calls:
             kill.start()
-        return assemble(*arguments)
+        return assemble(*arguments, **options)
 
     TextObjective.losses, meerkat.runs.local_run.assemble = counted, assembled
     app(arguments)

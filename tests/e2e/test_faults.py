@@ -12,6 +12,7 @@ import os
 import random
 import secrets
 import select
+import shutil
 import signal
 import socket
 import sqlite3
@@ -695,6 +696,59 @@ def test_a_client_that_does_wrong_again_and_again_is_barred(deploy: Deploy, faul
     assert run.log.count("peer 1 is invited") == 1
 
 
+@pytest.mark.parametrize("fault", ["hello as another", "hellos", "asks for the mask"])
+def test_a_client_claims_or_asks_too_much(deploy: Deploy, fault: str) -> None:
+    """It is disconnected once, comes back as who it is, and the run is as without a fault."""
+    run = deploy()
+    run.serve()
+    for k in (0, 2):
+        run.client(k)
+    run.client(1, "--fault", fault, "--round", 2)
+    run.completes()
+    cause = "it is client 1 in this run, not 2" if "another" in fault else "more than 32 hellos"
+    run.logged("client 1", cause, "disconnected")
+    assert "barred" not in run.log
+    assert run.log.count("client 2 is here") == 1
+    assert sum("client 1" in line for line in run.log.splitlines()) < 100, "a flood of lines"
+
+
+def test_a_client_fails_again_and_again(deploy: Deploy) -> None:
+    run = deploy()
+    run.serve()
+    for k in (0, 2):
+        run.client(k)
+    run.client(1, "--fault", "failed", "--round", 2, "--always")
+    run.completes(missing=[(r, 1) for r in range(2, ROUNDS)], same=False)
+    run.logged("round 2: client 1 failed: no memory")
+
+
+def test_two_of_three_fail_once_and_are_asked_again(deploy: Deploy) -> None:
+    """Less than a quorum is left: before, that ended the run."""
+    run = deploy(quorum=3)
+    run.serve()
+    run.client(0)
+    for k in (1, 2):
+        run.client(k, "--fault", "failed", "--round", 2)
+    run.completes()
+    for k in (1, 2):
+        run.logged(f"round 2: client {k} failed: no memory")
+
+
+def test_a_client_throws_the_model_with_large_scalars(deploy: Deploy) -> None:
+    """All that it reports is recorded, and clipped before it counts."""
+    run = deploy()
+    run.serve()
+    for k in (0, 2):
+        run.client(k)
+    run.client(1, "--fault", "thrown", "--round", 2, "--always")
+    found = run.completes(same=False)
+    assert min(max(map(abs, found[r, 1].scalars)) for r in range(2, ROUNDS)) > 1e4
+    honest = max(max(map(abs, found[r, k].scalars)) for r in range(ROUNDS) for k in (0, 2))
+    with closing(Journal.open(run.out / "journal.sqlite")) as journal:
+        entries = [e for record, _ in journal.records() for u in record.updates for e in u.entries]
+    assert max(abs(entry.coefficient) for entry in entries) < 11 * honest
+
+
 @pytest.fixture(scope="module")
 def another_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same shapes, other weights."""
@@ -727,6 +781,35 @@ def test_a_client_has_another_model(deploy: Deploy, another_model: Path) -> None
     run.client(1, "--model", another_model, model=True)
     run.logged("client 1 (peer 1) is refused: the client's base model is", "load the model that")
     run.logged("client 1 is refused: the client's base model is", "load the model", by="client-1")
+    run.client(1, model=True, name="right")
+    run.completes()
+
+
+def test_a_client_has_another_configuration(deploy: Deploy, world: World, tmp_path: Path) -> None:
+    """The very same parameters, and another `rms_norm_eps`."""
+    folder = tmp_path / "changed"
+    shutil.copytree(world.recipe["model"]["name"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-2
+    (folder / "config.json").write_text(json.dumps(config))
+    run = deploy()
+    run.serve()
+    for k in (0, 2):
+        run.client(k)
+    run.client(1, "--model", folder, model=True)
+    run.logged("client 1 (peer 1) is refused: the client's configuration or tokenizer is", "config")
+    run.client(1, model=True, name="right")
+    run.completes()
+
+
+def test_a_server_names_a_model_that_a_node_does_not_allow(deploy: Deploy, world: World) -> None:
+    run = deploy()
+    run.serve()
+    for k in (0, 2):
+        run.client(k)
+    run.client(1, "--strict", model=True)
+    run.logged("is not allowed at this node; add it to --node-config allow-models", by="client-1")
+    run.logged("peer 1 does not take part: its operator or version does not allow this recipe")
     run.client(1, model=True, name="right")
     run.completes()
 

@@ -49,6 +49,7 @@ def nodes_of(cluster: Cluster, trial: dict[str, Any], **others: object) -> None:
     """Two SuperNodes, each with a folder that only its own configuration names."""
     for number, folder in enumerate(trial["data"]):
         config = {"partition-id": number, "num-partitions": 2, "data": str(folder), "threads": 1}
+        config["allow-models"] = "*/tiny-llama"
         cluster.start_node(number, {**config, **others})
 
 

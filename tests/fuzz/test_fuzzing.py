@@ -300,7 +300,15 @@ u16 = st.sampled_from((0, 1, 2**15, 2**16 - 1)) | st.integers(0, 2**16 - 1)
 float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 float64 = st.floats(allow_nan=False, allow_infinity=False)
 digests = st.binary(min_size=32, max_size=32).map(bytes.hex)
-proofs = st.builds(Proof, digests, digests, digests)
+probes = st.lists(float32, max_size=9).map(tuple)
+proofs = st.builds(
+    Proof,
+    digests,
+    digests,
+    digests,
+    st.just("") | digests.filter(lambda d: set(d) != {"0"}),
+    probes,
+)
 texts = st.text(st.characters(), max_size=40) | st.sampled_from(
     ("", "a" * 1000, "é" * 500, "€" * 334, "x\ud800", "one\ntwo", "\u202e\u2028\x1b[2J\r\0")
 )
@@ -413,7 +421,9 @@ def check_u32(*numbers: int) -> None:
 
 
 def check_proof(proof: Proof) -> None:
-    for digest in astuple(proof):
+    *digests, configuration, probe = astuple(proof)
+    assert all(type(logit) is float for logit in probe)
+    for digest in [*digests, configuration] if configuration else digests:
         assert re.fullmatch("[0-9a-f]{64}", digest)
 
 
@@ -733,7 +743,10 @@ TARGETS["Tokens.check"] = Target(
 # Targets: settings of a node, and the server's recipe
 
 
-SETTINGS = ("partition-id", "num-partitions", "data", "model", "mask", "device", "threads")
+SETTINGS = (
+    *("partition-id", "num-partitions", "data", "model", "mask", "device", "threads"),
+    *("allow-models", "allow-sources", "most-tokens"),
+)
 VALUES: list[Any] = [
     *(0, 1, -1, 2**63, 10**30, 0.0, 1.5, -0.5, math.nan, math.inf, -math.inf, 1e308, True, False),
     *("", "0", "7", "-7", "1_0", " 3 ", "٣", "x", "a\nb", "\0", "9" * 5000, "cpu", "cuda:0"),
@@ -745,6 +758,8 @@ configs = st.fixed_dictionaries(
         **dict.fromkeys(("data", "mask", "model", "device"), st.text(min_size=1, max_size=20)),
         "threads": st.integers(0, 64),
         "num-partitions": st.integers(1, 9),
+        **dict.fromkeys(("allow-models", "allow-sources"), st.text(",a* /", max_size=9)),
+        "most-tokens": st.integers(1, 2**63),
     },
 )
 Config = dict[str, Any]
@@ -763,7 +778,12 @@ def check_node(config: Config, node: NodeConfig) -> None:
         given = config.get("partition-id" if name == "client" else name)
         if isinstance(given, str | int) and not isinstance(given, bool) and value is not None:
             assert str(value) == str(given) or isinstance(value, int | Path)
-    given = {name: value for name, value in vars(node).items() if value is not None}
+    assert node.most_tokens > 0
+    given = {
+        name.replace("_", "-"): ",".join(value) if isinstance(value, tuple) else value
+        for name, value in vars(node).items()
+        if value is not None
+    }
     assert NodeConfig.of({"partition-id": given.pop("client"), **given}) == node
 
 
@@ -795,7 +815,7 @@ TARGETS["NodeConfig.of"] = Target(
     bombs=({"partition-id": "9" * 100_000}, {"partition-id": 10**4000}, {"x" * 10_000: 1}),
 )
 
-NODE = NodeConfig(1, model="here", device="cpu", threads=2)
+NODE = NodeConfig(1, model="here", device="cpu", threads=2, most_tokens=2**20)
 SECTIONS: dict[str, st.SearchStrategy[Any]] = {
     "mask": st.fixed_dictionaries(
         {},
@@ -1038,12 +1058,13 @@ def damaged_mask(rng: Random, messages: list[bytes]) -> bytes:
 def claims(**changes: Any) -> bytes:
     """A small file that claims what it does not hold."""
     about = {"names": ["a"], "shapes": [[4]], "eligible": 4, "model": "m", "kind": "full"}
-    about |= {"concentration": None, "checksum": "signed"} | changes
-    header = {"__metadata__": {"format": "meerkat-mask-1", "mask": dumps(about)}}
+    about |= {"concentration": None, "configuration": "", "probe": [], "checksum": "signed"}
+    about |= changes
+    header = {"__metadata__": {"format": "meerkat-mask-2", "mask": dumps(about)}}
     return whole(json.dumps(header), b"")
 
 
-FIRST = '{"__metadata__": {"format": "meerkat-mask-1", "mask": "'
+FIRST = '{"__metadata__": {"format": "meerkat-mask-2", "mask": "'
 TARGETS["load_mask"] = Target(
     load,
     st.builds(save, made_masks()),
@@ -1272,9 +1293,10 @@ def test_invitations_and_nodes_round_trip(invitation: Invitation, config: Config
 @given(recipes)
 def test_recipes_round_trip(text: str) -> None:
     sent = parse_recipe(json.loads(text))
-    found = NodeConfig(0).recipe(sent.to_json())
+    found = NodeConfig(0, most_tokens=2**20).recipe(sent.to_json())
+    threads = min(sent.runtime.threads, os.cpu_count() or 1)
     assert found == sent.model_copy(
-        update={"runtime": sent.runtime.model_copy(update={"cache_dir": None})}
+        update={"runtime": sent.runtime.model_copy(update={"cache_dir": None, "threads": threads})}
     )
     assert found.fingerprint == sent.fingerprint
 

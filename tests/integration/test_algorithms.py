@@ -276,7 +276,7 @@ def test_what_a_client_clips_is_what_it_reports(whole: Callable[[str], Whole]) -
         ),
         ({"noise": {"keys": {"kind": "pool", "size": 0}}}, r"noise\.keys = 'pool': size = 0"),
         ({"federation": {"transforms": ["clip"]}}, r"federation\.transforms = 'clip': .*bound"),
-        ({"federation": {"aggregator": "median"}}, r"federation\.aggregator = 'median' .*mean"),
+        ({"federation": {"aggregator": "krum"}}, r"federation\.aggregator = 'krum' .*mean"),
     ],
     ids=str,
 )

@@ -163,6 +163,7 @@ def test_without_observers_no_report_is_drawn(tiny_recipe_data: dict, tmp_path: 
     run(tiny_recipe_data, out, federation={"rounds": 1})
     assert {path.name for path in out.iterdir()} == {
         "journal.sqlite",
+        "lock",
         "mask.safetensors",
         "recipe.json",
         "summary.json",

@@ -599,7 +599,7 @@ def test_the_largest_frame_follows_from_the_recipe(classes: int, steps: int) -> 
 
 
 def proof_of(mask: Mask) -> Proof:
-    return Proof(mask.model, mask.digest, noise.fingerprint())
+    return Proof(mask.model, mask.digest, noise.fingerprint(), mask.configuration, mask.probe)
 
 
 def setup_of(recipe: Recipe, mask: Mask, /, **changes: str) -> Setup:
@@ -959,8 +959,15 @@ def test_settings_of_a_node() -> None:
         "device": "cpu",
         "threads": "3",
     }
-    assert NodeConfig.of(config) == NodeConfig(2, Path("some/folder"), "m", Path("f"), "cpu", 3)
-    assert NodeConfig.of({"partition-id": "7"}) == NodeConfig(7)
+    given = NodeConfig(2, Path("some/folder"), "m", Path("f"), "cpu", 3)
+    assert NodeConfig.of(config, trusted=True) == given
+    # Unless its operator says otherwise, a node loads only what is shipped.
+    shipped = {"allow_models": ("demo:gemma-3-270m",), "allow_sources": ("demo",)}
+    assert NodeConfig.of(config) == replace(given, **shipped)
+    assert NodeConfig.of({"partition-id": "7"}) == NodeConfig(7, **shipped)
+    lists = {"allow-models": "org/*, /models/a ,", "allow-sources": "", "most-tokens": "512"}
+    allowed = NodeConfig(7, allow_models=("org/*", "/models/a"), allow_sources=(), most_tokens=512)
+    assert NodeConfig.of({"partition-id": 7, **lists}) == allowed
 
 
 @pytest.mark.parametrize(

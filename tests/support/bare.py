@@ -39,7 +39,15 @@ from meerkat.federation.messages import DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.progress import Progress
 from meerkat.spaces.mask_file import load_mask
 from meerkat.transport.base import Event
-from meerkat.transport.client_frames import Evaluation, Failed, Hello, Need, Report, decode_up
+from meerkat.transport.client_frames import (
+    Evaluation,
+    Failed,
+    Hello,
+    Need,
+    Report,
+    WantSpace,
+    decode_up,
+)
 from meerkat.transport.frame import VERSION, encode
 from meerkat.transport.server_frames import (
     EvaluateRequest,
@@ -79,6 +87,7 @@ def main(arguments: list[str]) -> None:
     client.add_argument("--recorded", type=Path, help="Scalars to answer with, without a model.")
     client.add_argument("--mask", type=Path)
     client.add_argument("--model")
+    client.add_argument("--strict", action="store_true", help="Settings of a node as by default.")
     client.add_argument("--through", type=int, help="Port of a proxy.")
     client.add_argument("--again", action="store_true", help="Take the next invitation, too.")
     client.add_argument("--retry", type=float, default=60.0)
@@ -240,10 +249,19 @@ def _sessions(options: argparse.Namespace, peer: int, say: Say) -> None:
                 complete = _session(options, peer, invitation, b64decode(content["setup"]), say)
             except MeerkatError as error:
                 say(f"client {peer}: {error}")
-                session.write(b64encode(encode(Failed(str(error)))))
+                session.write(b64encode(encode(Failed(_told(options, error)))))
                 complete = False
         if complete or not options.again:
             return
+
+
+def _told(options: argparse.Namespace, error: MeerkatError) -> str:
+    """What a client app sends of an error."""
+    if options.recorded is not None:
+        return str(error)
+    from meerkat.node.session import public_message
+
+    return public_message(error)
 
 
 def _await_invitation(folder: Path, peer: int, after: int) -> tuple[int, Path]:
@@ -259,6 +277,7 @@ def _session(
 ) -> bool:
     setup = decode_down(sent)
     assert isinstance(setup, Setup)
+    Fault.setup = setup
     if options.recorded is not None:
         script = Scripted(peer, setup, options.mask, json.loads(options.recorded.read_text()), say)
         hello, inner = script.hello, script.answer
@@ -266,7 +285,10 @@ def _session(
         from meerkat.node.config import NodeConfig
         from meerkat.node.session import ClientSession
 
-        participant = ClientSession(NodeConfig(peer, model=options.model, mask=options.mask), say)
+        node = NodeConfig(peer, model=options.model, mask=options.mask)
+        if options.strict:
+            node = NodeConfig.of({"partition-id": peer})
+        participant = ClientSession(node, say)
         participant.begin(setup)
         hello, inner = lambda: participant.begin(setup), participant.answer
     fault = Fault(options, peer, inner, say)
@@ -346,6 +368,9 @@ def formula(client: int, round: int, steps: int) -> list[float]:
 class Fault:
     """What a client does wrong, and how long it takes."""
 
+    setup: Setup | None = None
+    """Of the session."""
+
     def __init__(
         self,
         options: argparse.Namespace,
@@ -397,6 +422,16 @@ def _last_scalar(value: float) -> Callable[[bytes], list[bytes]]:
     return lambda frame: [frame[:-4] + struct.pack("<f", value)]
 
 
+def _hello(frame: bytes, **fields: Callable[[Hello], Any]) -> bytes:
+    """The hello of the client whose report this is, with fields changed."""
+    report = decode_up(frame)
+    assert isinstance(report, Report)
+    assert Fault.setup is not None
+    about = report.report
+    hello = Hello(about.client, about.examples, 0, 0, Fault.setup.proof)
+    return encode(replace(hello, **{name: change(hello) for name, change in fields.items()}))
+
+
 REPORTS: dict[str, Callable[[bytes], list[bytes]]] = {
     "nan": _last_scalar(float("nan")),
     "inf": _last_scalar(float("inf")),
@@ -415,6 +450,11 @@ REPORTS: dict[str, Callable[[bytes], list[bytes]]] = {
     "garbage": lambda frame: [b"\xff" + secrets.token_bytes(100)],  # no kind of frame
     "nothing": lambda frame: [b""],
     "huge": lambda frame: [bytes(10**9)],
+    "failed": lambda frame: [encode(Failed("no memory"))],
+    "thrown": _changed(scalars=lambda r: tuple(1e5 * g + 1e5 for g in r.scalars)),
+    "hello as another": lambda frame: [_hello(frame, client=lambda h: h.client + 1)],
+    "hellos": lambda frame: [_hello(frame, position=lambda h, p=p: p) for p in range(1000)],
+    "asks for the mask": lambda frame: [encode(WantSpace())] * 1000,
 }
 """Frames instead of a report."""
 

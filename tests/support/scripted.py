@@ -81,12 +81,24 @@ def _make_mask() -> Mask:
     indices = (np.arange(0, 20, 2), np.arange(8))
     p, theta = (draw.normal(size=18).astype(np.float32) for _ in range(2))
     shapes = ((4, 5), (8,))
-    return Mask(("a", "b"), shapes, indices, 28, "ab" * 32, "sensitivity", p, {"0.1": 0.5}, theta)
+    return Mask(
+        ("a", "b"),
+        shapes,
+        indices,
+        28,
+        "ab" * 32,
+        "sensitivity",
+        p,
+        {"0.1": 0.5},
+        theta,
+        "cd" * 32,
+        (3.0, -4.0),
+    )
 
 
 MASK = _make_mask()
 """Of 18 values: three log entries are as large as θ."""
-PROOF = Proof(MASK.model, MASK.digest, noise.fingerprint())
+PROOF = Proof(MASK.model, MASK.digest, noise.fingerprint(), MASK.configuration, MASK.probe)
 
 
 def recipe_of(**sections: Any) -> Recipe:

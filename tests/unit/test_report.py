@@ -55,6 +55,7 @@ def header(clients: int = 4, labels: tuple[str, ...] = ("terrible", "great"), **
         recipe=parsed.to_json(),
         fingerprint=parsed.fingerprint,
         model="ab" * 32,
+        configuration="e" * 64,
         space="cd" * 32,
         size=len(THETA),
         mask="cd" * 32,
@@ -141,7 +142,7 @@ def test_page_is_self_contained_and_tells_the_journal(usual):
     expected = (
         "sst2 on tiny-llama|finished|50.0 → 75.0 %|+25.0 points, before and after 6 rounds|"
         "0.700 → 0.500|28 B|48 B|1.824 kB|123,456|0.125 % of 98,765,432 eligible|1.5 s|"
-        "learning_rate|0.0001"
+        "learning_rate|1e-05"
     )
     for piece in [*expected.split("|"), digest(THETA + 6), "ab" * 32]:
         assert piece in page, piece

@@ -80,6 +80,7 @@ def header(
         recipe=parsed.to_json(),
         fingerprint=parsed.fingerprint,
         model=MODEL,
+        configuration="e" * 64,
         space=mask().digest,
         size=N,
         mask=mask().digest,

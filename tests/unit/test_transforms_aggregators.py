@@ -219,10 +219,10 @@ class Median:
 
 @pytest.fixture
 def median(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(AGGREGATORS, "median", Median)  # type: ignore[arg-type]
+    monkeypatch.setitem(AGGREGATORS, "lower-median", Median)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kind", ["median", {"kind": "median", "least": 0.1}], ids=str)
+@pytest.mark.parametrize("kind", ["lower-median", {"kind": "lower-median", "least": 0.1}], ids=str)
 def test_a_further_aggregator_is_one_line_in_the_registry(median: None, kind: Any) -> None:
     """Three clients of 1, 2 and 9 examples; with `least` the first one is left out."""
     federation = {"aggregator": kind, "weighting": "examples"}
@@ -238,7 +238,7 @@ def test_a_further_aggregator_is_one_line_in_the_registry(median: None, kind: An
     schedule = Schedule.of(make_recipe(federation=federation))
     after, record = close_round(schedule, state, algorithm, plans_of(reports), reports, Log())
     # Client 2 was stopped after one step: a zero afterwards.
-    expected = [[3.0, 4.0], [3.0, 0.0]] if kind == "median" else [[3.0, -2.0], [0.0, 0.0]]
+    expected = [[3.0, 4.0], [3.0, 0.0]] if kind == "lower-median" else [[3.0, -2.0], [0.0, 0.0]]
     found = [[2 * entry.coefficient for entry in update.entries] for update in record.updates]
     assert found == expected
     assert algorithm.apply(state.model, record.updates).digest == after.model.digest
@@ -246,8 +246,9 @@ def test_a_further_aggregator_is_one_line_in_the_registry(median: None, kind: An
 
 def test_the_aggregator_of_a_recipe() -> None:
     assert algorithm_of(SIZE).aggregator == Mean()
+    known = "mean, median, trimmed-mean"
     with pytest.raises(
-        RecipeError, match=r"\Afederation\.aggregator = 'krum' is not known; known are mean\Z"
+        RecipeError, match=rf"\Afederation\.aggregator = 'krum' is not known; known are {known}\Z"
     ):
         algorithm_of(SIZE, federation={"aggregator": "krum"})
 
@@ -269,9 +270,9 @@ def test_an_aggregator_needs_a_direction_that_clients_share(
 ) -> None:
     """Else each client's coefficient stays its own, and the choice would mean nothing."""
     sections = {"noise": {"directions": "per-client"}, **method}
-    line = r"\Afederation\.aggregator = 'median' [^\n]*noise\.directions[^\n]*'mean'[^\n]*\Z"
+    line = r"\Afederation\.aggregator = 'lower-median' [^\n]*noise\.directions[^\n]*'mean'[^\n]*\Z"
     with pytest.raises(RecipeError, match=line):
-        algorithm_of(SIZE, federation={"aggregator": "median"}, **sections)
+        algorithm_of(SIZE, federation={"aggregator": "lower-median"}, **sections)
     algorithm_of(SIZE, federation={"aggregator": "mean"}, **sections)
 
 

@@ -6,6 +6,8 @@ Meerkat-vp adds early stopping, which `selection` says.
 
 from __future__ import annotations
 
+import math
+
 from meerkat.algorithms.zeroth_order import ZerothOrder
 from meerkat.config import Recipe
 from meerkat.errors import RecipeError
@@ -64,4 +66,5 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
             "federation.aggregator",
         ),
         weighting=federation.weighting,
+        weight_cap=federation.weight_cap or math.inf,
     )

@@ -33,6 +33,8 @@ class ZerothOrder:
     transforms: tuple[Transform, ...]
     aggregator: Aggregator
     weighting: str
+    weight_cap: float = math.inf
+    """A count of examples counts up to so many times the median count."""
 
     def init(self, theta: Theta) -> ModelState:
         return self.rule.init(theta)
@@ -67,7 +69,8 @@ class ZerothOrder:
         cannot matter. Several perturbations are averaged: each entry is divided by Q.
         """
         reports = sorted(reports, key=lambda report: report.client)
-        shares, matrix = weights(reports, self.weighting), scalar_matrix(reports)
+        shares = weights(reports, self.weighting, self.weight_cap)
+        matrix = scalar_matrix(reports)
         count, number = self.stream.perturbations, reports[0].round
         updates = []
         for step in range(matrix.shape[1] // count):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -89,6 +88,10 @@ def peak_bytes() -> int:
     try:
         return _status_bytes("VmHWM")
     except (OSError, ValueError):
+        try:
+            import resource
+        except ModuleNotFoundError:  # Windows
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"recipe {path}: not valid {path.suffix[1:].upper()}: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"recipe {path}: it holds a {type(data).__name__}, not sections of fields"
+        )
     return parse_recipe(data, overrides, origin=str(path))
 
 
@@ -63,7 +68,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text
+        value = text.strip()
+    if isinstance(value, date | time):  # TOML has dates; a recipe has none
+        value = text.strip()
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):

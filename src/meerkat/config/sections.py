@@ -175,6 +175,13 @@ class Federation(Section):
     """Aggregation weights p_k: equal, or by the examples that a client holds."""
     aggregator: Annotated[Choice, Neutral("mean")] = Choice(kind="mean")
     """How the coefficients of a round's clients become one: see `federation.aggregators`."""
+    clip_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """The server clips |g| at so many times what is usual: the median over a round's clients of
+    their largest |g|, or the median of that over the last 20 rounds, whichever is more. 0 turns it
+    off; with one or two clients in a round it is off."""
+    weight_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    """With `weighting = "examples"`, a client's count counts up to so many times the median count;
+    0 turns that off."""
     transforms: Annotated[tuple[Choice, ...], Neutral([])] = ()
     """What happens to coefficients on the client before they are applied and reported, in this
     order: see `federation.transforms`."""
@@ -188,8 +195,9 @@ class Optimizer(Section):
     estimator: Annotated[Choice, Neutral("two-point")] = Choice(kind="two-point")
     """From losses to coefficients: `two-point` (the method), `one-sided` or `one-sided-mean`; see
     `zo.estimators`."""
-    learning_rate: Positive = 1e-4
-    """Learning rate η."""
+    learning_rate: Positive = 1e-5
+    """Learning rate η. The default is what learned best with a sensitivity mask where it was
+    measured (docs/experiments.md); 1e-4 diverged there."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How η goes over the rounds; linear and cosine end at zero after the last."""
     epsilon: Literal["auto"] | Positive = "auto"
@@ -289,6 +297,9 @@ class Network(Section):
     """Seconds that a round waits for a client whose connection broke, if the others are enough."""
     patience: Positive = 3600.0
     """Seconds that the server waits for enough clients before it stops; it can be started again."""
+    rebind: bool = False
+    """May another node take over a client whose own node has left? Nodes with registered keys keep
+    their identity; without keys a node that starts again is another one."""
     largest_scalar: Positive = 1e6
     """A report with a larger |g| is refused."""
     workers: Annotated[int, Field(ge=0)] = 0

@@ -37,9 +37,14 @@ def load_partition(recipe: Recipe, task: Task) -> tuple[Split, Parts]:
 
 
 def client_label_counts(task: Task, split: Split, parts: Parts) -> tuple[list[list[int]], str]:
-    """Examples of each label that each client holds, and a digest of who holds which examples."""
+    """Examples of each label that each client holds, and a digest of who holds what."""
     counts = label_counts(split.train, parts, max(1, len(task.verbalizers)))
-    return counts, hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for part in parts:
+        for example in (split.train[index] for index in part):
+            content = [sorted(example.fields.items()), example.label, example.answer]
+            digest.update(json.dumps(content, default=str).encode())
+    return counts, digest.hexdigest()
 
 
 def held_out_shard(recipe: Recipe, split: Split, client: int) -> tuple[Example, ...]:

@@ -78,17 +78,26 @@ class PackedBatch:
         return PackedBatch(*(move(getattr(self, field.name)) for field in fields(self)))
 
 
-def packs(examples: Sequence[Encoded], tokens_per_pass: int) -> Iterator[PackedBatch]:
-    """Pack in order, starting a new pack where the next example would exceed the budget."""
+def packs(
+    examples: Sequence[Encoded], tokens_per_pass: int, scored_per_pass: int | None = None
+) -> Iterator[PackedBatch]:
+    """Pack in order, starting a new pack where the next example would exceed a budget.
+
+    Args:
+        scored_per_pass: Most answer tokens, each of which needs a row of logits over the whole
+            vocabulary; an example with more of them has a pack of its own.
+    """
     group: list[Encoded] = []
-    total = 0
+    total = scored = 0
     for example in examples:
-        length = len(_tokens(example))
-        if group and total + length > tokens_per_pass:
+        length, answers = len(_tokens(example)), sum(map(len, example.answers))
+        full = scored_per_pass is not None and scored + answers > scored_per_pass
+        if group and (full or total + length > tokens_per_pass):
             yield pack(group)
-            group, total = [], 0
+            group, total, scored = [], 0, 0
         group.append(example)
         total += length
+        scored += answers
     if group:
         yield pack(group)
 

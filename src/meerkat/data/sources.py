@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -182,7 +183,7 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         match _READERS[path.suffix.lower()]:
             case "csv":
                 separator = "\t" if path.suffix.lower() == ".tsv" else ","
-                table = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+                table = _read_table(path, separator)
             case "json":
                 lines = path.suffix.lower() == ".jsonl"
                 table = pandas.read_json(path, lines=lines, dtype=False)
@@ -192,6 +193,24 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"task.source = {str(path)!r} cannot be read: {reason}") from None
     yield from _records(table)
+
+
+def _read_table(path: Path, separator: str) -> pandas.DataFrame:
+    """A CSV or TSV file, all of whose rows have as many values as there are columns.
+
+    Raises:
+        ValueError: A row has more; pandas would shift its values, or leave one out.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.reader(file, delimiter=separator)
+        width = len(next(rows, []))
+        for row in rows:
+            if len(row) > width:
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} values for {width} columns; quote a "
+                    "value that holds the separator"
+                )
+    return pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False)
 
 
 def _records(table: pandas.DataFrame) -> Iterator[Mapping[str, Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
+from meerkat.errors import ProtocolError
 from meerkat.transport.base import Transport
 from meerkat.transport.client_frames import Hello
 from meerkat.transport.frame import encode
@@ -17,6 +19,8 @@ __all__ = ["Member", "Members"]
 
 _MOST_VIOLATIONS = 3
 """A peer that breaks the protocol this often is barred from the run."""
+_MOST_ASKED = 32
+"""Hellos, requests for the mask, and frames before a hello, of one peer in a minute."""
 _MOST_CAUSES = 5
 """Clients that left, of which an error message gives the cause."""
 
@@ -40,16 +44,30 @@ class Members:
         clients: K; clients are numbered from 0.
         proof: What a client must have in common with the server.
         say: Takes a line for the log.
+        rebind: May another peer take over a client whose own has left?
     """
 
     def __init__(
-        self, transport: Transport, clients: int, proof: Proof, say: Callable[[str], None]
+        self,
+        transport: Transport,
+        clients: int,
+        proof: Proof,
+        say: Callable[[str], None],
+        rebind: bool = False,
     ):
+        self._rebind = rebind
         self._transport, self._clients, self._proof, self._say = transport, clients, proof, say
         self._members: dict[int, Member] = {}
         self._by_peer: dict[int, int] = {}
         self._left: dict[int, tuple[float, str]] = {}
         self._violations: Counter[int] = Counter()
+        # What a peer and a client are at their first hello holds for the run.
+        self._bound: dict[int, int] = {}
+        self._owners: dict[int, int] = {}
+        self._counts: dict[int, tuple[int, int]] = {}
+        self._idle: set[int] = set()
+        self._asked: Counter[int] = Counter()
+        self._asked_since = -math.inf
 
     def __contains__(self, client: object) -> bool:
         return client in self._members
@@ -61,9 +79,34 @@ class Members:
         """The client that is connected through a peer."""
         return self._by_peer.get(peer)
 
-    def idle(self) -> list[int]:
-        """Clients that can be sent a request now, sorted."""
-        return sorted(client for client, member in self._members.items() if not member.overdue)
+    def count_asked(self, peer: int) -> None:
+        """Count a frame that a peer may send at any time.
+
+        Raises:
+            ProtocolError: It sends too many of them.
+        """
+        now = time.monotonic()
+        if now - self._asked_since >= 60.0:
+            self._asked.clear()
+            self._asked_since = now
+        self._asked[peer] += 1
+        if self._asked[peer] > _MOST_ASKED:
+            del self._asked[peer]  # it may come back once it is disconnected, but not for ever
+            raise ProtocolError(f"more than {_MOST_ASKED} hellos or requests for the mask a minute")
+
+    def is_barred(self, peer: int) -> bool:
+        """Has it broken the protocol too often?"""
+        return self._violations.get(peer, 0) >= _MOST_VIOLATIONS
+
+    @property
+    def idle(self) -> Set[int]:
+        """Clients that can be sent a request now."""
+        return self._idle
+
+    def set_overdue(self, client: int, request: str) -> None:
+        """A connected client has not answered this request; "" when it has."""
+        self._members[client].overdue = request
+        (self._idle.discard if request else self._idle.add)(client)
 
     def departure(self, client: int) -> tuple[float, str] | None:
         """When a client left, on the monotonic clock, and why; None if it did not."""
@@ -75,17 +118,24 @@ class Members:
         return f" ({'; '.join(causes[:_MOST_CAUSES])})" if causes else ""
 
     def admit(self, peer: int, hello: Hello) -> bool:
-        """Answer a hello with a welcome or a refusal; True if the client takes part."""
+        """Answer a hello with a welcome or a refusal; True if the client takes part.
+
+        Raises:
+            ProtocolError: The peer was another client before in this run.
+        """
         client, reason = hello.client, self._objection(peer, hello)
+        if self._bound.get(peer, client) != client:
+            raise ProtocolError(f"it is client {self._bound[peer]} in this run, not {client}")
         if reason is not None:
             self._say(f"client {client} (peer {peer}) is refused: {reason}")
             self._transport.send(peer, encode(Refused(reason)))
             return False
-        if self._by_peer.get(peer, client) != client:
-            self.remove(peer, f"its peer is client {client} now")
-        self._by_peer[peer] = client
+        self._bound[peer] = self._by_peer[peer] = client
+        self._owners[client] = peer
+        self._counts[client] = hello.examples, hello.held_out
         self._left.pop(client, None)
         self._members[client] = Member(peer, hello, hello.position)
+        self._idle.add(client)
         self._say(f"client {client} is here (peer {peer}), {hello.examples} examples")
         self._transport.send(peer, encode(Welcome()))
         return True
@@ -96,6 +146,7 @@ class Members:
         if client is None:
             self._say(f"peer {peer} left before it was a client: {cause}")
         elif self._members.pop(client, None) is not None:
+            self._idle.discard(client)
             self._left[client] = time.monotonic(), cause
             self._say(f"client {client} left: {cause}")
 
@@ -142,4 +193,16 @@ class Members:
             return f"client {client} is here already; give each node a partition-id of its own"
         if not hello.examples:
             return f"client {client} has no examples; put some into its data folder"
+        if not self._rebind and self._owners.get(client, peer) != peer:
+            return (
+                f"client {client} is bound to another node in this run; start that one, or set "
+                "network.rebind = true if its node has no key and so a new identity at each start"
+            )
+        counts = hello.examples, hello.held_out
+        if self._counts.get(client, counts) != counts:
+            return (
+                f"client {client} came with {self._counts[client][0]} examples to train and "
+                f"{self._counts[client][1]} to evaluate on, and has {counts[0]} and {counts[1]} "
+                "now; put its data back, or start another run"
+            )
         return difference(hello.proof, self._proof)

@@ -11,6 +11,7 @@ closed when the others have been disconnected for `network.rejoin` seconds, or a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 
@@ -32,6 +33,8 @@ __all__ = ["RemoteEngine"]
 
 _MOST_NEEDS = 2
 """Times that a client may ask for more of the log in one request: updates, then a snapshot."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+"""Seconds before clients that failed are asked again, where a quorum needs them."""
 _REMIND_EVERY = 30.0
 """Seconds between log lines about the clients that the server waits for."""
 
@@ -43,6 +46,7 @@ class RemoteEngine:
         mask: Gives the mask as a file, for clients that lack it.
         say: Takes a line for the log.
         answered: Called after each client's report, for progress.
+        trusted: Are the clients processes of one simulation? Where all of them fail, it ends.
     """
 
     def __init__(
@@ -54,14 +58,15 @@ class RemoteEngine:
         mask: Callable[[], bytes],
         say: Callable[[str], None],
         answered: Callable[[], None] = lambda: None,
+        trusted: bool = False,
     ):
         self._transport, self._network, self._mask = transport, network, mask
-        self._members = Members(transport, federation.clients, proof, say)
+        self._members = Members(transport, federation.clients, proof, say, network.rebind)
         self._clients = federation.clients
         sampled = federation.clients_per_round or federation.clients
         self._quorum = network.quorum or sampled // 2 + 1
         self._steps = federation.local_steps
-        self._say, self._answered = say, answered
+        self._say, self._answered, self._trusted = say, answered, trusted
         self._started = False
         self._open: OpenRequest | None = None
         self._bytes_up = self._bytes_down = 0
@@ -76,20 +81,20 @@ class RemoteEngine:
         Raises:
             RunError: There was no quorum for `network.patience` seconds.
         """
-        while (event := self._transport.receive(0)) is not None:
-            self._handle(event)
+        self._drain(self._clients)
         if not self._started:
             self._wait(self._clients, self._network.deadline)
             self._started = True
-        idle = self._members.idle()
-        if len(idle) < self._quorum and not self._wait(self._quorum, self._network.patience):
+        if len(self._members.idle) < self._quorum and not self._wait(
+            self._quorum, self._network.patience
+        ):
             raise RunError(
-                f"{len(self._members.idle())} of the {self._quorum} clients that network.quorum "
+                f"{len(self._members.idle)} of the {self._quorum} clients that network.quorum "
                 f"asks for were there for {self._network.patience:g} s"
                 f"{self._members.departures()}; start the server again when they are back, and the "
                 "run goes on"
             )
-        return self._members.idle()
+        return self._members.idle
 
     def run(self, assignment: Assignment) -> Outcome:
         """Send each client its plan and collect the reports that arrive in time.
@@ -122,7 +127,7 @@ class RemoteEngine:
         self.present()
         started = time.monotonic()
         request = EvaluationRequest(round, state, log, metrics, classes)
-        asked = [k for k in self._members.idle() if self._members[k].hello.held_out]
+        asked = [k for k in self._members.idle if self._members[k].hello.held_out]
         self._collect(request, asked, 0, self._network.deadline)
         return request.result(time.monotonic() - started)
 
@@ -137,17 +142,26 @@ class RemoteEngine:
         """Handle events until this many clients are idle; False if they are not in time."""
         end = time.monotonic() + seconds
         reminded = time.monotonic()
-        while (idle := len(self._members.idle())) < enough:
+        while (idle := len(self._members.idle)) < enough:
             now = time.monotonic()
+            if now >= end:
+                self._drain(self._clients)  # what came while the server was busy
+                return len(self._members.idle) >= enough
             if now - reminded >= _REMIND_EVERY:
                 reminded = now
                 self._say(f"waiting for clients: {idle} of {enough} are here")
             event = self._transport.receive(max(0.0, min(end - now, 1.0)))
             if event is not None:
                 self._handle(event)
-            elif now >= end:
-                return False
         return True
+
+    def _drain(self, clients: int) -> None:
+        """Handle events that have arrived, but only some for each client: a flood has no end."""
+        for _ in range(2 * clients + 64):
+            event = self._transport.receive(0)
+            if event is None:
+                return
+            self._handle(event)
 
     def _collect(
         self, request: Request, clients: Collection[int], need: int, deadline: float
@@ -165,18 +179,31 @@ class RemoteEngine:
         opened = self._open = OpenRequest(request, frozenset(clients), set(clients))
         for client in sorted(opened.asked):
             self._send(opened, client)
-        while opened.pending:
+        pause, again = _FIRST_PAUSE, math.inf
+        while opened.pending or opened.answers < need:
             now = time.monotonic()
             if now - reminded >= _REMIND_EVERY:
                 reminded = now
                 waiting = f"waiting for {len(opened.pending)} of {len(opened.asked)} clients"
                 self._say(f"{request.name}: {waiting}")
             end = self._end(opened, started, need, deadline)
-            event = self._transport.receive(max(0.0, min(end - now, 1.0)))
-            if event is not None:
-                self._handle(event)  # past the end, too: the server may have been busy
-            elif now >= end:
+            if now >= end:
+                self._drain(len(opened.asked))  # what came while the server was busy
                 break
+            if not opened.pending and self._trusted:
+                break
+            hopes = len(opened.connected) if now < started + deadline else 0
+            if not opened.missing or opened.answers + hopes >= need:
+                again = math.inf
+            elif again == math.inf:
+                again = now + pause
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            elif now >= again:
+                self._ask_again(opened)
+                again = math.inf
+            event = self._transport.receive(max(0.0, min(end - now, again - now, 1.0)))
+            if event is not None:
+                self._handle(event)
         self._open = None
         self._list_missing(opened, time.monotonic() - started)
         if opened.answers < need:
@@ -186,14 +213,22 @@ class RemoteEngine:
                 f"for ({causes}); start the server again, and the run goes on"
             )
 
+    def _ask_again(self, opened: OpenRequest) -> None:
+        """Send the request again to clients that failed: without them there is no quorum."""
+        for client in sorted(opened.missing):
+            if client in self._members and not self._members[client].overdue:
+                del opened.missing[client]
+                opened.pending.add(client)
+                self._send(opened, client)
+
     def _end(self, opened: OpenRequest, started: float, need: int, deadline: float) -> float:
         """The time at which a request is closed, as things are now."""
         if opened.answers < need:
             return started + max(deadline, self._network.patience)
+        if opened.connected:  # these may answer
+            return started + deadline
         left = [self._members.departure(client) for client in opened.pending]
         times = [departure[0] for departure in left if departure is not None]
-        if len(times) < len(left):  # some are connected, and may answer
-            return started + deadline
         return min(started + deadline, max(times) + self._network.rejoin)
 
     def _list_missing(self, opened: OpenRequest, seconds: float) -> None:
@@ -205,8 +240,9 @@ class RemoteEngine:
             opened.missing[client] = f"{cause} after {seconds:.1f} s"
             self._say(f"{name}: closed without client {client}, {opened.missing[client]}")
             if client in self._members:
-                self._members[client].overdue = name
+                self._members.set_overdue(client, name)
         opened.pending.clear()
+        opened.connected.clear()
 
     # Frames
 
@@ -214,6 +250,7 @@ class RemoteEngine:
         """Send a client the open request, and before it what its state lacks."""
         if client not in self._members:
             return
+        opened.connected.add(client)
         member = self._members[client]
         frames, member.position = opened.request.frames(client, member.position)
         for frame in frames:
@@ -225,9 +262,15 @@ class RemoteEngine:
         peer, client = event.peer, self._members.client_of(event.peer)
         if event.frame is None:
             self._members.remove(peer, event.cause)
+            if self._open is not None and client is not None:
+                self._open.connected.discard(client)
+            return
+        if self._members.is_barred(peer):  # what it had sent before
             return
         try:
             frame = decode_up(event.frame)
+            if client is None or isinstance(frame, Hello | WantSpace):
+                self._members.count_asked(peer)
             if isinstance(frame, WantSpace):
                 self._transport.send(peer, encode(SpaceFile(self._mask())))
             elif isinstance(frame, Hello):
@@ -256,7 +299,7 @@ class RemoteEngine:
             self._send(opened, client)
             return
         self._bytes_up += size
-        opened.pending.discard(client)
+        opened.settle(client)
         line = f"{opened.request.name}: client {client}"
         if isinstance(frame, Failed):
             opened.missing[client] = f"it failed: {frame.reason}"
@@ -281,6 +324,6 @@ class RemoteEngine:
         if not member.overdue:
             raise ProtocolError(f"{type(frame).__name__.lower()} that nobody asked for")
         line = f"the answer to {member.overdue} came too late"
-        member.overdue = ""
+        self._members.set_overdue(client, "")
         self._say(f"client {client}: {line}; not used")
         self._transport.send(member.peer, encode(Notice(line)))

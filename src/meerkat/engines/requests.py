@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from meerkat.transport.messages import ENTRY_BYTES
 from meerkat.transport.server_frames import EvaluateRequest, LogPart, Plan, Snapshot
 from meerkat.zo.log import Log, Update
 from meerkat.zo.state import ModelState
+
+_MOST_VARIANTS = 16
+"""Versions of a request, by the position of the client, that are kept encoded."""
 
 __all__ = ["EvaluationRequest", "OpenRequest", "Request", "RoundRequest"]
 
@@ -50,13 +53,18 @@ class Request(Protocol):
 
 @dataclass
 class OpenRequest:
-    """A request that was sent and is not closed."""
+    """A request that was sent and is not closed.
+
+    Sets are kept up to date event by event: with 10^5 clients none may be searched for each.
+    """
 
     request: Request
     asked: frozenset[int]
     """Clients that it is for."""
     pending: set[int]
     """Those that have not answered."""
+    connected: set[int] = field(default_factory=set)
+    """Those of them that are connected now."""
     missing: dict[int, str] = field(default_factory=dict)
     """Those without an answer that counts, and why."""
     needs: Counter[int] = field(default_factory=Counter)
@@ -66,6 +74,29 @@ class OpenRequest:
     def answers(self) -> int:
         """How many answers count."""
         return len(self.asked) - len(self.pending) - len(self.missing)
+
+    def settle(self, client: int) -> None:
+        """Wait no longer for a client."""
+        self.pending.discard(client)
+        self.connected.discard(client)
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
+
+
+class _Variants(Generic[_Key, _Value]):
+    """The last few values by key: keys come from positions, which are what clients claim."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[_Key, _Value] = OrderedDict()
+
+    def get(self, key: _Key, make: Callable[[], _Value]) -> _Value:
+        if key not in self._kept:
+            self._kept[key] = make()
+            if len(self._kept) > _MOST_VARIANTS:
+                self._kept.popitem(last=False)
+        return self._kept[key]
 
 
 class RoundRequest:
@@ -78,7 +109,7 @@ class RoundRequest:
     def __init__(self, assignment: Assignment, largest: float):
         self._assignment, self._largest = assignment, largest
         self._catch_up = _CatchUp(assignment.state, assignment.log)
-        self._encoded: dict[tuple[int | None, int, int], list[bytes]] = {}
+        self._encoded: _Variants[tuple[int | None, int, int], list[bytes]] = _Variants()
         self.reports: dict[int, ClientReport] = {}
         number = next(iter(assignment.plans.values())).round
         self.calibrates = number == CALIBRATION
@@ -88,10 +119,12 @@ class RoundRequest:
     def frames(self, client: int, position: int | None) -> tuple[list[bytes], int | None]:
         plan, end = self._assignment.plans[client], len(self._assignment.log)
         # Most clients of a round get the same frames, so each variant is encoded once.
+        position = self._catch_up.useful(position)
         variant = position, plan.first_step, plan.steps
-        if variant not in self._encoded:
-            self._encoded[variant] = [encode(frame) for frame in self._frames(plan, position)]
-        return self._encoded[variant], position if self.calibrates else end
+        encoded = self._encoded.get(
+            variant, lambda: [encode(frame) for frame in self._frames(plan, position)]
+        )
+        return encoded, position if self.calibrates else end
 
     def _frames(self, plan: RoundPlan, position: int | None) -> list[DownFrame]:
         if self.calibrates:  # it starts from the initial state, which every client has
@@ -133,9 +166,17 @@ class EvaluationRequest:
         self._round, self._end = round, len(log)
         self._metrics, self._classes = tuple(metrics), classes
         self._catch_up = _CatchUp(state, log)
+        self._encoded: _Variants[int | None, list[bytes]] = _Variants()
         self._answers: dict[int, Evaluation] = {}
 
     def frames(self, client: int, position: int | None) -> tuple[list[bytes], int | None]:
+        position = self._catch_up.useful(position)
+        encoded = self._encoded.get(
+            position, lambda: [encode(frame) for frame in self._frames(position)]
+        )
+        return encoded, self._end
+
+    def _frames(self, position: int | None) -> list[DownFrame]:
         lacking, frames = self._catch_up.since(position), list[DownFrame]()
         if isinstance(lacking, Snapshot):
             frames.append(lacking)
@@ -143,7 +184,7 @@ class EvaluationRequest:
             assert position is not None
             frames.append(LogPart(position, lacking))
         frames.append(EvaluateRequest(self._round, self._end))
-        return [encode(frame) for frame in frames], self._end
+        return frames
 
     def take(self, client: int, frame: UpFrame, hello: Hello) -> None:
         if not isinstance(frame, Evaluation) or frame.round != self._round:
@@ -178,19 +219,31 @@ def _check_examples(known: int, counted: int) -> None:
 
 
 class _CatchUp:
-    """What brings a client to the server's state: updates, or a snapshot where that is smaller."""
+    """What brings a client to the server's state: updates, or a snapshot where that is smaller.
+
+    Positions are what clients claim, so not all are kept: one snapshot, a few parts of the log.
+    """
 
     def __init__(self, state: ModelState, log: Log):
         self._state, self._log = state, log
-        self._updates: dict[int, tuple[Update, ...]] = {}
+        self._snapshot: Snapshot | None = None
+        self._updates: _Variants[int, tuple[Update, ...]] = _Variants()
+
+    def useful(self, position: int | None) -> int | None:
+        """The position, or None where the client gets a snapshot."""
+        if position is None or not self._log.base <= position <= len(self._log):
+            return None
+        if self._is_long(position):
+            return None
+        return position
 
     def since(self, position: int | None) -> tuple[Update, ...] | Snapshot:
-        end = len(self._log)
-        if position is None or position > end or self._is_long(position):
-            return Snapshot(end, self._state.to_bytes())
-        if position not in self._updates:
-            self._updates[position] = self._log.since(position)
-        return self._updates[position]
+        """What a client at this position lacks."""
+        if (start := self.useful(position)) is None:
+            if self._snapshot is None:
+                self._snapshot = Snapshot(len(self._log), self._state.to_bytes())
+            return self._snapshot
+        return self._updates.get(start, lambda: self._log.since(start))
 
     def _is_long(self, position: int) -> bool:
         return self._log.entries_since(position) * ENTRY_BYTES > self._state.nbytes

@@ -6,7 +6,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from meerkat.errors import ProtocolError
+from meerkat.federation.aggregation import clipped, usual_size
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.federation.schedule import Schedule
@@ -14,7 +17,12 @@ from meerkat.federation.state import ServerState
 from meerkat.zo.log import Log, Update
 from meerkat.zo.noise import permutation
 
-__all__ = ["RoundRecord", "check_report", "close_round", "plan_calibration", "plan_round"]
+WINDOW = 20
+"""Rounds whose |g| says what is usual."""
+_FEWEST = 3
+"""Clients of a round from which on a median is worth something."""
+
+__all__ = ["WINDOW", "RoundRecord", "check_report", "close_round", "plan_calibration", "plan_round"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +48,22 @@ def plan_round(
     """
     clients = schedule.federation.clients
     order = permutation(schedule.seed, (6, state.round), clients).tolist()
-    able = order if present is None else [client for client in order if client in present]
+    here = None if present is None else frozenset(present)
+    able = order if here is None else [client for client in order if client in here]
     everyone = schedule.is_calibration_round(state.round)
     sampled = sorted(able[: len(able) if everyone else schedule.clients_per_round])
     rate = schedule.learning_rate(state.round)
-    lacking = {start: log.since(start) for start in {int(state.known[k]) for k in sampled}}
+    # A log that was resumed from a checkpoint begins later than some clients' knowledge.
+    starts = {client: max(int(state.known[client]), log.base) for client in sampled}
+    lacking = {start: log.since(start) for start in set(starts.values())}
     return {
         client: RoundPlan(
             round=state.round,
             steps=_steps(schedule, state, client)[0],
             learning_rate=rate,
             first_step=int(state.steps_taken[client]),
-            log_start=int(state.known[client]),
-            updates=lacking[int(state.known[client])],
+            log_start=starts[client],
+            updates=lacking[starts[client]],
         )
         for client in sampled
     }
@@ -85,9 +96,13 @@ def close_round(
     if not clients or len(set(clients)) < len(clients):
         raise ProtocolError(f"round {state.round}: a client reported twice, or none did")
 
-    # 3. and 4. Aggregate along the virtual paths: their mean needs only the mean scalars.
+    # 3. Bound what one report may do, whatever its client claims.
+    usual = (*state.usual, usual_size(ordered))[-WINDOW:]
+    bounded = _bounded(ordered, usual, schedule.federation.clip_factor)
+
+    # 4. Aggregate along the virtual paths: their mean needs only the mean scalars.
     rate = plans[clients[0]].learning_rate
-    counted = [_counted(report, _steps(schedule, state, report.client)[1]) for report in ordered]
+    counted = [_counted(report, _steps(schedule, state, report.client)[1]) for report in bounded]
     updates = algorithm.aggregate(counted, rate)
     model = algorithm.apply(state.model, updates)
 
@@ -98,8 +113,20 @@ def close_round(
     for array in (known, taken):
         array.setflags(write=False)
     record = RoundRecord(state.round, ordered, updates, model.digest)
-    after = replace(state, round=state.round + 1, model=model, known=known, steps_taken=taken)
+    after = replace(
+        state, round=state.round + 1, model=model, known=known, steps_taken=taken, usual=usual
+    )
     return after, record
+
+
+def _bounded(
+    reports: Sequence[ClientReport], usual: Sequence[float], factor: float
+) -> Sequence[ClientReport]:
+    """The reports with |g| clipped at `factor` times what is usual."""
+    if not factor or len(reports) < _FEWEST:
+        return reports
+    bound = factor * max(usual[-1], float(np.median(usual)))
+    return [clipped(report, bound) for report in reports]
 
 
 def _steps(schedule: Schedule, state: ServerState, client: int) -> tuple[int, int]:

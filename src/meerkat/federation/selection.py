@@ -116,9 +116,10 @@ def decide_by_paths(
     ]
     found = Thresholds(None, None, None)
     if "auto" in (chosen.rho_later, chosen.rho_quiet, chosen.sigma):
-        found = (
-            otsu_thresholds(ends) if source == "calibration" else median_thresholds(ends, stopped)
-        )
+        if source == "calibration":
+            found = otsu_thresholds(ends, None if chosen.sigma == "auto" else chosen.sigma)
+        else:
+            found = median_thresholds(ends, stopped)
     thresholds = _given(chosen, found)
     verdicts = {
         client: Verdict(client, False, local_steps, round, source) for client in sorted(signals)

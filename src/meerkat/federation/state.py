@@ -26,6 +26,8 @@ class ServerState:
     """Local steps that each client took: where it stands in its batch order."""
     local_steps: Int64[np.ndarray, " K"]
     """T_k."""
+    usual: tuple[float, ...] = ()
+    """`aggregation.usual_size` of the last rounds, at most `rounds.WINDOW`."""
 
 
 def initial_state(model: ModelState, clients: int, local_steps: int) -> ServerState:

@@ -85,7 +85,7 @@ def path_ends(client: int, signal: Signal, chosen: Selection) -> PathEnds:
     return PathEnds(client, _mean(first), _mean(tail), tail)
 
 
-def otsu_thresholds(paths: Sequence[PathEnds]) -> Thresholds:
+def otsu_thresholds(paths: Sequence[PathEnds], sigma: float | None = None) -> Thresholds:
     """Thresholds between a loud and a quiet group of clients, if there are two.
 
     Levels (means of the later window) are cut in two where the variance between the groups, on
@@ -95,6 +95,9 @@ def otsu_thresholds(paths: Sequence[PathEnds]) -> Thresholds:
     apart best. ρ_later must be above half of that of the loud clients, which carries what is common
     to all: learning, and < p, z >. Not more: a client whose single label the model favours is quiet
     from the start.
+
+    Args:
+        sigma: A σ that the recipe gives; the threshold of ρ_quiet is then fitted to it.
     """
     none = Thresholds(None, None, None)
     levels = np.array([s.later for s in paths])
@@ -110,7 +113,8 @@ def otsu_thresholds(paths: Sequence[PathEnds]) -> Thresholds:
     spread = math.sqrt(max(noise, within))
     if distance < max(_APART * spread, math.log(_TIMES)):
         return none
-    sigma = math.exp((float(loud.mean()) + float(quiet.mean())) / 2)
+    if sigma is None:
+        sigma = math.exp((float(loud.mean()) + float(quiet.mean())) / 2)
     falls = sorted(paths[i].rho_later for i in order[cut:].tolist())
     shares = np.array([paths[i].rho_quiet(sigma) for i in order.tolist()])
     return Thresholds(falls[len(falls) // 2] / 2, _between(shares[cut:], shares[:cut]), sigma)

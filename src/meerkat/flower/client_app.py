@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import asdict
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -42,7 +43,7 @@ def session(message: Message, context: Context) -> Message:
     """Open a stream to the server app and stay in it to the end of the run."""
     quiet_libraries()
     try:
-        client = ClientSession(NodeConfig.of(context.node_config), _log.info)
+        client = ClientSession(NodeConfig.of(context.node_config, _is_simulated()), _log.info)
         received = unpack(message.content)
         if len(received) != 1:
             raise ProtocolError(f"an invitation with {len(received)} frames; it has one")
@@ -60,9 +61,15 @@ def session(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+def _is_simulated() -> bool:
+    """Is this a worker of a simulation, which the server's own operator has started?"""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def _answer(received: list[bytes], context: Context) -> list[bytes]:
     """A message starts with a setup, or goes on where the node's last one ended."""
-    client = ClientSession(NodeConfig.of(context.node_config), _log.info)
+    client = ClientSession(NodeConfig.of(context.node_config, _is_simulated()), _log.info)
     setup = next((data for data in received if isinstance(decode_down(data), Setup)), None)
     if setup is not None:
         answers = [client.begin(_setup(setup))]

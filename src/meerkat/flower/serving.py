@@ -85,6 +85,7 @@ def serve(
             logger.info,
             label_counts,
             remember=not simulated,
+            trusted=simulated,
         )
 
 

@@ -68,17 +68,32 @@ def simulate(
 def _backend(recipe: Recipe) -> dict[str, Any]:
     """Ray's settings; where RAY_ADDRESS names a cluster, its machines are the workers."""
     init: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    cores = len(os.sched_getaffinity(0))
+    cores = _cores()
     workers = min(recipe.network.workers or cores, recipe.federation.clients)
     if "RAY_ADDRESS" in os.environ:
         init["address"] = os.environ["RAY_ADDRESS"]
     else:
         init |= {"address": "local", "num_cpus": workers, "include_dashboard": False}
-    gpus = 0 if recipe.runtime.device == "cpu" else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    gpus = 0 if recipe.runtime.device == "cpu" else _gpus()
     return {
         "init_args": init,
         "client_resources": {"num_cpus": 1, "num_gpus": min(1.0, gpus / workers)},
     }
+
+
+def _cores() -> int:
+    """Cores that this process may use, or those of the machine where the system has no limit."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _gpus() -> int:
+    """GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else all of the driver's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def _quiet() -> None:

@@ -1,5 +1,6 @@
 """The append-only record of a run (SQLite, write-ahead log): replay and resume read it."""
 
-from meerkat.journal.journal import Journal, replay
+from meerkat.journal.journal import Journal
+from meerkat.journal.replaying import replay
 
 __all__ = ["Journal", "replay"]

@@ -8,21 +8,21 @@ over all rounds before it, so that damage is found, and what lies before the dam
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from meerkat.errors import JournalError, ProtocolError
+from meerkat.errors import JournalError
 from meerkat.federation.messages import ClientReport
 from meerkat.federation.rounds import RoundRecord
 from meerkat.federation.selection import Decision
 from meerkat.journal.codec import decode_report, decode_updates, encode_report, encode_updates
-from meerkat.journal.records import Evaluated, RoundMetrics
-from meerkat.journal.store import Store, chain_digest
-from meerkat.zo.state import ModelState
+from meerkat.journal.records import Checkpoint, Evaluated, RoundMetrics
+from meerkat.journal.store import Store, chain_digest, check_damage
 
-__all__ = ["Journal", "replay"]
+__all__ = ["Journal"]
 
 
 class Journal(Store):
@@ -32,8 +32,12 @@ class Journal(Store):
     """
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
-        """An existing journal, checked from end to end.
+    def open(cls, path: Path, read_only: bool = False, audit: bool = False) -> Journal:
+        """An existing journal, checked from its last checkpoint on.
+
+        Args:
+            read_only: For commands that write nothing.
+            audit: Check it from end to end, which takes minutes for millions of records.
 
         Raises:
             JournalError: There is none, another version wrote it, or it is damaged; the line says
@@ -41,9 +45,9 @@ class Journal(Store):
         """
         if not cls.exists(path):
             raise JournalError(f"{path}: no journal; the run has not begun")
-        journal = cls(path, sqlite3.connect(path, isolation_level=None))
+        journal = cls(path, cls.connect(path, read_only))
         try:
-            good = journal._verify()
+            good = journal._verify(audit)
         except JournalError:
             journal.close()
             raise
@@ -62,7 +66,7 @@ class Journal(Store):
         Raises:
             JournalError: Not even the header is readable, or another version wrote it.
         """
-        damaged = cls(path, sqlite3.connect(path, isolation_level=None))
+        damaged = cls(path, cls.connect(path))
         scratch = path.with_name(path.name + ".recovered")
         scratch.unlink(missing_ok=True)
         try:
@@ -79,6 +83,7 @@ class Journal(Store):
                 if decision.round <= kept.rounds:
                     kept.append_decision(decision)
         except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
+            check_damage(error, path)
             raise JournalError(
                 f"{path}: not even its header is readable ({error}); start the run again in "
                 "another directory"
@@ -87,9 +92,10 @@ class Journal(Store):
             damaged.close()
         kept.close()
         aside = path.with_name(path.name + ".damaged")
+        # A kill at any moment leaves a journal in place: the damaged one, or the recovered one.
+        shutil.copy2(path, aside)
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
-        path.replace(aside)
         scratch.replace(path)
         return cls.open(path)
 
@@ -114,6 +120,24 @@ class Journal(Store):
                 [(record.round, client, payload) for client, payload in payloads],
             )
         self._chain = chain
+
+    def append_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write where a run stands after its last round; the last two are kept.
+
+        Raises:
+            JournalError: As `append_round`.
+        """
+        content = checkpoint.encode()
+        seal = self._seal(content + self._chain)
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)",
+                (checkpoint.round, content, self._chain, seal),
+            )
+            connection.execute(
+                "DELETE FROM checkpoints WHERE round NOT IN "
+                "(SELECT round FROM checkpoints ORDER BY round DESC LIMIT 2)"
+            )
 
     def append_evaluation(self, evaluated: Evaluated) -> None:
         """Write an evaluation.
@@ -184,7 +208,29 @@ class Journal(Store):
         rows = self._sealed("SELECT content, seal FROM decisions ORDER BY made")
         return [Decision.from_json(content.decode()) for content in rows]
 
+    def checkpoints(self) -> Iterator[Checkpoint]:
+        """The checkpoints that are whole, the last one first."""
+        return (checkpoint for checkpoint, _ in self._checkpoints())
+
+    def checkpoint(self, most: int | None = None) -> Checkpoint | None:
+        """The last whole checkpoint of at most so many rounds; None where there is none."""
+        found = (c for c in self.checkpoints() if most is None or c.round <= most)
+        return next(found, None)
+
+    def state_digest(self, rounds: int) -> str:
+        """Digest of the state after so many rounds, at least one."""
+        query = "SELECT digest FROM rounds WHERE round = ?"
+        digest: str = self._connection.execute(query, (rounds - 1,)).fetchone()[0]
+        return digest
+
     # Within
+
+    def _checkpoints(self) -> Iterator[tuple[Checkpoint, bytes]]:
+        """Each whole checkpoint with the chained digest of the rounds before it."""
+        query = "SELECT content, chain, seal FROM checkpoints ORDER BY round DESC"
+        for content, chain, seal in self._connection.execute(query).fetchall():
+            if isinstance(content, bytes) and seal == self._seal(content + chain):
+                yield Checkpoint.decode(content), chain
 
     def _rows(self, start: int = 0) -> Iterator[tuple[int, bytes, str, str, bytes]]:
         query = (
@@ -201,11 +247,13 @@ class Journal(Store):
         reports: list[ClientReport] = [decode_report(data) for _, data in self._payloads(number)]
         return RoundRecord(number, tuple(reports), decode_updates(updates), digest)
 
-    def _good_rounds(self) -> Iterator[tuple[RoundRecord, RoundMetrics]]:
+    def _good_rounds(self, start: int = 0) -> Iterator[tuple[RoundRecord, RoundMetrics]]:
         """Rounds up to the first that is missing, unreadable, or does not match its digest."""
-        chain = self._header_digest()
+        if not start:
+            self._chain = self._header_digest()
+        chain = self._chain
         try:
-            for expected, row in enumerate(self._rows()):
+            for expected, row in enumerate(self._rows(start), start=start):
                 number, updates, digest, metrics, stored = row
                 payloads = self._payloads(number)
                 chain = chain_digest(chain, number, updates, digest, payloads)
@@ -216,20 +264,27 @@ class Journal(Store):
                     RoundMetrics(**json.loads(metrics)),
                 )
                 self._chain = chain
-        except (sqlite3.DatabaseError, ProtocolError, ValueError, TypeError):
+        except (sqlite3.DatabaseError, ValueError, TypeError) as error:
+            check_damage(error, self.path)
             return
 
-    def _verify(self) -> int | None:
+    def _verify(self, audit: bool) -> int | None:
         """None if all is well, else how many rounds are good; leaves the chain at its end."""
         try:
             self._connection.execute("BEGIN")  # one moment of a run that may be under way
             self._chain = self._header_digest()
-            good = sum(1 for _ in self._good_rounds())
-            broken = self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok"
+            found, broken, start = None if audit else next(self._checkpoints(), None), False, 0
+            if found is not None:
+                start, self._chain = found[0].round, found[1]
+            else:
+                check = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+                broken = check[0] != "ok"
+            good = start + sum(1 for _ in self._good_rounds(start))
             kept = sum(1 for _ in self.calibrations()), len(self.decisions())
             whole = kept == (self._count("calibrations"), self._count("decisions"))
             return good if broken or not whole or good != self.rounds else None
-        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError):
+        except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
+            check_damage(error, self.path)
             return 0
         finally:
             if self._connection.in_transaction:
@@ -240,29 +295,3 @@ class Journal(Store):
             return self.evaluations()
         except (sqlite3.DatabaseError, ValueError, TypeError):
             return []
-
-
-def replay(journal: Journal, rounds: int | None = None) -> ModelState:
-    """The state after so many rounds (all by default), from the journal alone.
-
-    Raises:
-        JournalError: There are fewer rounds, or the state is not what the run recorded.
-    """
-    available = journal.rounds
-    wanted = available if rounds is None else rounds
-    if not 0 <= wanted <= available:
-        raise JournalError(f"round {wanted} is not in {journal.path}: it has {available} rounds")
-    algorithm = journal.header.algorithm
-    state = algorithm.init(journal.theta0)
-    recorded = state.digest
-    for record, _ in journal.records():
-        if record.round >= wanted:
-            break
-        state = algorithm.apply(state, record.updates)
-        recorded = record.state_digest
-    if state.digest != recorded:
-        raise JournalError(
-            f"{journal.path}: the state after round {wanted} has digest {state.digest[:16]}, the "
-            f"run recorded {recorded[:16]}; this machine's noise or arithmetic differs"
-        )
-    return state

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Self
+
+import numpy as np
+from jaxtyping import Int64
 
 from meerkat.algorithms import make_algorithm
 from meerkat.config import Recipe, parse_recipe
@@ -14,7 +20,7 @@ from meerkat.federation.algorithm import Algorithm
 from meerkat.spaces.mask_file import Mask
 from meerkat.zo import noise
 
-__all__ = ["Evaluated", "Header", "RoundMetrics", "header_of"]
+__all__ = ["Checkpoint", "Evaluated", "Header", "RoundMetrics", "header_of"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Header:
     """The recipe's fingerprint."""
     model: str
     """The base model's fingerprint."""
+    configuration: str
+    """Digest of its configuration and tokenizer."""
     space: str
     """Fingerprint of the space, which for a mask is the mask's digest."""
     size: int
@@ -76,6 +84,7 @@ def header_of(
         recipe=recipe.to_json(),
         fingerprint=recipe.fingerprint,
         model=mask.model,
+        configuration=mask.configuration,
         space=mask.digest,
         size=mask.size,
         mask=mask.digest,
@@ -101,6 +110,48 @@ class RoundMetrics:
     bytes_down: int
     """Encoded size of all plans."""
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """All that a server needs to go on from a round, without reading the rounds before."""
+
+    round: int
+    """The round to come."""
+    position: int
+    """Updates of the log so far."""
+    state: bytes
+    """`ModelState.to_bytes`."""
+    known: Int64[np.ndarray, " K"]
+    steps_taken: Int64[np.ndarray, " K"]
+    usual: tuple[float, ...]
+    """As in `federation.state.ServerState`, like the two before."""
+
+    def encode(self) -> bytes:
+        """Bytes of it: lengths, then what they are of."""
+        parts = [
+            self.state,
+            self.known.astype("<i8").tobytes(),
+            self.steps_taken.astype("<i8").tobytes(),
+            np.array(self.usual, "<f8").tobytes(),
+        ]
+        head = struct.pack("<QQ4Q", self.round, self.position, *map(len, parts))
+        return head + b"".join(parts)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The checkpoint in these bytes, which are sealed by the journal."""
+        round, position, *lengths = struct.unpack_from("<QQ4Q", data)
+        ends = list(accumulate(lengths, initial=struct.calcsize("<QQ4Q")))
+        state, known, taken, usual = (data[a:b] for a, b in pairwise(ends))
+        return cls(
+            round,
+            position,
+            state,
+            np.frombuffer(known, "<i8").astype(np.int64),
+            np.frombuffer(taken, "<i8").astype(np.int64),
+            tuple(np.frombuffer(usual, "<f8").tolist()),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from meerkat.errors import JournalError
 from meerkat.journal.records import Header
 from meerkat.zo.state import ModelState, Theta
 
-__all__ = ["FORMAT", "Store", "chain_digest"]
+__all__ = ["FORMAT", "Store", "chain_digest", "check_damage"]
 
 _SCHEMA = """
 CREATE TABLE header (key TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -27,6 +29,8 @@ CREATE TABLE reports (round INTEGER, client INTEGER, payload BLOB NOT NULL,
                       PRIMARY KEY (round, client)) WITHOUT ROWID;
 CREATE TABLE evaluations (round INTEGER PRIMARY KEY, content TEXT NOT NULL);
 CREATE TABLE calibrations (client INTEGER PRIMARY KEY, payload BLOB NOT NULL, seal BLOB NOT NULL);
+CREATE TABLE checkpoints (round INTEGER PRIMARY KEY, content BLOB NOT NULL, chain BLOB NOT NULL,
+                          seal BLOB NOT NULL);
 CREATE TABLE decisions (made INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
 """
 FORMAT = 3
@@ -61,16 +65,36 @@ class Store:
         journal._chain = journal._header_digest()
         return journal
 
+    @classmethod
+    def connect(cls, path: Path, read_only: bool = False) -> sqlite3.Connection:
+        """A connection to an existing journal.
+
+        Args:
+            read_only: Write nothing. The file may be on a read-only disk; elsewhere SQLite makes
+                files beside it to share it with a writer, and removes them again.
+        """
+        if not read_only:
+            return sqlite3.connect(path, isolation_level=None)
+        mode = "mode=rw"
+        if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+            shared = path.with_name(path.name + "-wal").exists()
+            mode = "mode=ro" if shared else "immutable=1"
+        where = f"file:{quote(str(path.absolute()))}?{mode}"
+        connection = sqlite3.connect(where, uri=True, isolation_level=None)
+        connection.execute("PRAGMA query_only = ON")
+        return connection
+
     @staticmethod
     def exists(path: Path) -> bool:
         """Is there a journal with a header, damaged or not?"""
         if not path.is_file() or path.stat().st_size == 0:
             return False
-        connection = sqlite3.connect(path)
+        connection = Store.connect(path, read_only=True)
         try:
             tables = "SELECT count(*) FROM sqlite_master WHERE name = 'header'"
             return bool(connection.execute(tables).fetchone()[0])
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            check_damage(error, path)
             return True
         finally:
             connection.close()
@@ -167,6 +191,35 @@ class Store:
                 f"{self.path} cannot be written ({error}); all complete rounds are kept: make "
                 "room, then `meerkat resume`"
             ) from None
+
+
+_OPERATIONAL = frozenset(
+    (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_READONLY,
+    )
+)
+
+
+def check_damage(error: Exception, path: Path) -> None:
+    """Return if an error of reading means that the file is damaged.
+
+    Raises:
+        JournalError: It does not: the file is locked, may not be read, or the disk failed.
+    """
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is not None and code & 0xFF in _OPERATIONAL:
+        raise JournalError(
+            f"{path} cannot be read now ({error}); it is not known to be damaged: check its "
+            "permissions, the disk, and whether another process holds it"
+        ) from None
 
 
 def chain_digest(

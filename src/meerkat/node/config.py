@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from pydantic_core import from_json
 
 from meerkat.config import Recipe, parse_recipe
 from meerkat.errors import ProtocolError, RecipeError
+from meerkat.models.loading import DEMO
 
 __all__ = ["NodeConfig"]
 
@@ -34,9 +37,15 @@ class NodeConfig:
     """As `runtime.device`."""
     threads: int | None = None
     """As `runtime.threads`."""
+    allow_models: tuple[str, ...] = ("*",)
+    """Models that a server's recipe may name, as patterns; by `--node-config` the demo's alone."""
+    allow_sources: tuple[str, ...] = ("*",)
+    """Data that it may name where the node has none of its own; from `--node-config` the demo's."""
+    most_tokens: int = 65536
+    """Most tokens in one forward pass and in an example, and most examples in a batch."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> NodeConfig:
+    def of(cls, config: Mapping[str, Any], trusted: bool = False) -> NodeConfig:
         """The settings in a `--node-config`.
 
         Raises:
@@ -49,6 +58,9 @@ class NodeConfig:
             "mask": Path,
             "device": str,
             "threads": int,
+            "allow-models": _names,
+            "allow-sources": _names,
+            "most-tokens": int,
             "num-partitions": int,
         }
         found = {}
@@ -63,7 +75,7 @@ class NodeConfig:
                 found[name] = wanted[name](value)
             except (TypeError, ValueError, OverflowError):
                 raise RecipeError(
-                    f"--node-config {name} = {value!r} is no {wanted[name].__name__}"
+                    f"--node-config {name} = {value!r} is no {wanted[name].__name__.strip('_')}"
                 ) from None
         if found.get("partition-id", -1) < 0:
             raise RecipeError(
@@ -71,8 +83,13 @@ class NodeConfig:
             )
         if found.get("threads", 0) < 0:
             raise RecipeError(f"--node-config threads = {found['threads']} is less than 0")
+        if found.get("most-tokens", 1) < 1:
+            raise RecipeError(f"--node-config most-tokens = {found['most-tokens']} is less than 1")
         found.pop("num-partitions", None)
-        return cls(client=found.pop("partition-id"), **found)
+        # In a simulation the server's operator is the node's.
+        strict = {} if trusted else {"allow-models": (DEMO,), "allow-sources": ("demo",)}
+        fields = {name.replace("-", "_"): value for name, value in (strict | found).items()}
+        return cls(client=fields.pop("partition_id"), **fields)
 
     def recipe(self, sent: str) -> Recipe:
         """The server's recipe with the settings of this node.
@@ -90,14 +107,53 @@ class NodeConfig:
                 f"--node-config partition-id = {self.client} is not one of federation.clients = "
                 f"{recipe.federation.clients}, who are numbered from 0"
             )
+        self._check_allowed(recipe)
         # Paths on the server's machine are of no use on this one.
-        runtime = recipe.runtime.model_copy(update={"cache_dir": None})
+        tokens = min(recipe.runtime.tokens_per_pass, self.most_tokens)
+        threads = min(recipe.runtime.threads, os.cpu_count() or 1)
+        update = {"cache_dir": None, "tokens_per_pass": tokens, "threads": threads}
+        runtime = recipe.runtime.model_copy(update=update)
         if self.device is not None:
             runtime = runtime.model_copy(update={"device": self.device})
         if self.threads is not None:
             runtime = runtime.model_copy(update={"threads": self.threads})
         model = recipe.model.model_copy(update={"name": self.model} if self.model else {})
         return recipe.model_copy(update={"runtime": runtime, "model": model})
+
+    def _check_allowed(self, recipe: Recipe) -> None:
+        """Does the operator let a server name this model, these data, these sizes?
+
+        Raises:
+            RecipeError: No; the line names the setting that would.
+        """
+        asked = []
+        if self.model is None:
+            asked.append(("model.name", recipe.model.name, self.allow_models, "allow-models"))
+        if self.data is None and recipe.task.source is not None:
+            asked.append(("task.source", recipe.task.source, self.allow_sources, "allow-sources"))
+        for field, name, patterns, setting in asked:
+            climbs = ".." in Path(name).parts  # a wildcard is no way out of a folder
+            if climbs or not any(fnmatchcase(name, pattern) for pattern in patterns):
+                raise RecipeError(
+                    f"the server's {field} = {name!r} is not allowed at this node; add it to "
+                    f"--node-config {setting}, or set the node's own"
+                )
+        for field, size in (
+            ("task.max_length", recipe.task.max_length),
+            ("federation.batch_size", recipe.federation.batch_size),
+        ):
+            if size > self.most_tokens:
+                raise RecipeError(
+                    f"the server's {field} = {size} is more than --node-config most-tokens = "
+                    f"{self.most_tokens}"
+                )
+
+
+def _names(text: Any) -> tuple[str, ...]:
+    """A list of names or patterns, separated by commas."""
+    if not isinstance(text, str):
+        raise TypeError
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _json(text: str) -> dict[str, Any]:

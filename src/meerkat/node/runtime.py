@@ -16,7 +16,7 @@ from meerkat.transport.handshake import Proof
 from meerkat.transport.server_frames import Setup
 from meerkat.zo import noise
 
-__all__ = ["ClientRuntime", "runtime_of"]
+__all__ = ["ClientRuntime", "assembly_of", "runtime_of"]
 
 
 class ClientRuntime:
@@ -33,8 +33,11 @@ class ClientRuntime:
         """The server's session that the state belongs to."""
         self._own = own
         self._clients: dict[int, Client] = {}
-        digest = load_mask(mask).digest
-        self.proof = Proof(assembly.loaded.fingerprint, digest, noise.fingerprint())
+        loaded = assembly.loaded
+        digest = load_mask(mask, parameters=loaded.parameters).digest
+        self.proof = Proof(
+            loaded.fingerprint, digest, noise.fingerprint(), loaded.configuration, loaded.probe
+        )
 
     @property
     def is_working(self) -> bool:
@@ -70,6 +73,22 @@ class ClientRuntime:
 
 
 _runtimes: dict[str, ClientRuntime] = {}
+_assemblies: dict[str, Assembly] = {}
+
+
+def assembly_of(node: NodeConfig, recipe: Recipe, setup: Setup) -> Assembly:
+    """The model and data of a run, loaded once in a process, before there is a mask.
+
+    Args:
+        recipe: The setup's, with the node's settings.
+    """
+    settings = replace(node, client=0) if node.data is None else node
+    key = repr((settings, setup.recipe))
+    if key not in _assemblies:
+        _runtimes.clear()
+        _assemblies.clear()
+        _assemblies[key] = assemble(recipe, data=node.data)
+    return _assemblies[key]
 
 
 def runtime_of(node: NodeConfig, recipe: Recipe, setup: Setup, mask: Path) -> ClientRuntime:
@@ -82,7 +101,7 @@ def runtime_of(node: NodeConfig, recipe: Recipe, setup: Setup, mask: Path) -> Cl
     key = repr((settings, setup.recipe, setup.proof, mask))
     if key not in _runtimes:
         _runtimes.clear()
-        assembly = assemble(recipe, data=node.data, mask_file=mask)
+        assembly = replace(assembly_of(node, recipe, setup), mask_file=mask)
         _runtimes[key] = ClientRuntime(assembly, mask, node.data is not None)
     _runtimes[key].join(setup.session)
     return _runtimes[key]

@@ -11,11 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from meerkat.config import Recipe
-from meerkat.errors import DataError, DivergedError, MaskError, MeerkatError, ProtocolError
+from meerkat.errors import (
+    DataError,
+    DivergedError,
+    MaskError,
+    MeerkatError,
+    ModelError,
+    ProtocolError,
+    RecipeError,
+)
 from meerkat.federation.messages import RoundPlan
 from meerkat.models.loading import cache_dir
 from meerkat.node.config import NodeConfig
-from meerkat.node.runtime import ClientRuntime, runtime_of
+from meerkat.node.runtime import ClientRuntime, assembly_of, runtime_of
 from meerkat.runs.evaluation import evaluation_sums
 from meerkat.spaces.mask_file import load_mask
 from meerkat.transport.client_frames import Evaluation, Failed, Hello, Need, Report, WantSpace
@@ -43,10 +51,21 @@ _log = logging.getLogger("meerkat")
 
 
 def public_message(error: Exception) -> str:
-    """The text of an error that may be sent to the server: it never quotes a client's data."""
-    if isinstance(error, DataError):
-        return "its data cannot be used; its own log says why"
-    return str(error) if isinstance(error, MeerkatError) else type(error).__name__
+    """The text of an error that may be sent to the server.
+
+    It quotes no data, and does not reveal which files or models are on the client's machine.
+    """
+    for kind, text in (
+        (DataError, "its data cannot be used; its own log says why"),
+        (ModelError, "its model cannot be used; its own log says why"),
+        (RecipeError, "its operator or version does not allow this recipe; its own log says why"),
+    ):
+        if isinstance(error, kind):
+            return text
+    if not isinstance(error, MeerkatError):
+        return type(error).__name__
+    text = str(error)
+    return "it failed; its own log says why" if "/" in text or "\\" in text else text
 
 
 class ClientSession:
@@ -216,7 +235,8 @@ class ClientSession:
         scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
         scratch.write_bytes(content)
         try:
-            found = load_mask(scratch).digest
+            loaded = assembly_of(self._node, recipe, setup).loaded
+            found = load_mask(scratch, loaded.fingerprint, loaded.parameters).digest
             if found != setup.proof.space:
                 raise MaskError(f"the server sent mask {found[:12]}, not {setup.proof.space[:12]}")
             scratch.replace(path)

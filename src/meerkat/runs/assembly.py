@@ -92,7 +92,14 @@ class Assembly:
     def found_mask(self) -> FoundMask:
         found = find_mask(self)
         initial = MaskedSpace(self.loaded.model, found.mask).read()
-        return replace(found, mask=replace(found.mask, initial=initial))
+        loaded = self.loaded
+        mask = replace(
+            found.mask,
+            initial=initial,
+            configuration=loaded.configuration,
+            probe=loaded.probe,
+        )
+        return replace(found, mask=mask)
 
     @cached_property
     def objective(self) -> TextObjective:

@@ -94,7 +94,7 @@ def summary_path(directory: Path) -> Path:
     return directory / _SUMMARY
 
 
-def open_journal(directory: Path) -> Journal:
+def open_journal(directory: Path, read_only: bool = True, audit: bool = False) -> Journal:
     """The journal of a run directory, which must be of the directory's recipe.
 
     Raises:
@@ -106,7 +106,7 @@ def open_journal(directory: Path) -> Journal:
         raise RunError(f"{directory}: no such run directory")
     if not Journal.exists(journal_path(directory)):
         raise RunError(f"{directory} holds no journal; `meerkat resume {directory}` begins the run")
-    journal = Journal.open(journal_path(directory))
+    journal = Journal.open(journal_path(directory), read_only, audit)
     if (directory / _RECIPE).exists():
         edited, kept = recipe_of(directory), journal.header.fingerprint
         if edited.fingerprint != kept:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from meerkat.config import Recipe
 from meerkat.engines.base import Assignment, Engine
 from meerkat.errors import DivergedError
-from meerkat.federation.rounds import close_round, plan_round
+from meerkat.federation.aggregation import usual_size
+from meerkat.federation.rounds import WINDOW, close_round, plan_round
 from meerkat.federation.schedule import Schedule
 from meerkat.federation.state import ServerState, initial_state
 from meerkat.journal import Journal, replay
-from meerkat.journal.records import Evaluated, RoundMetrics
+from meerkat.journal.records import Checkpoint, Evaluated, RoundMetrics
 from meerkat.progress import Progress
 from meerkat.runs.early_stopping import EarlyStopping
 from meerkat.runs.events import RunObserver
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
-__all__ = ["Evaluator", "restore_state", "train"]
+CHECKPOINT_EVERY = 500
+"""Rounds between two checkpoints of the journal."""
+
+__all__ = ["CHECKPOINT_EVERY", "Evaluator", "checkpoint_of", "restore_state", "train"]
 
 Evaluator = Callable[[int, ModelState], Evaluated]
 """(rounds done, the state then) → its metrics."""
@@ -74,25 +79,49 @@ def train(
             outcome.loss, outcome.bytes_up, outcome.bytes_down, time.monotonic() - started
         )
         journal.append_round(record, metrics)
+        if state.round % CHECKPOINT_EVERY == 0:
+            journal.append_checkpoint(checkpoint_of(state, log))
         observer.round_closed(record, metrics)
     evaluate_once()
     return state
 
 
 def restore_state(journal: Journal, clients: int, local_steps: int) -> tuple[ServerState, Log]:
-    """The server's state and log where the journal ends.
+    """The server's state and log where the journal ends; the log begins at the last checkpoint.
 
     Raises:
         JournalError: Replaying does not give the state that the run recorded.
     """
-    first, log = initial_state(replay(journal), clients, local_steps), Log()
+    first = initial_state(replay(journal), clients, local_steps)
     known, taken = first.known.copy(), first.steps_taken.copy()
-    for record, _ in journal.records():
+    usual: deque[float] = deque(maxlen=WINDOW)
+    start, log = 0, Log()
+    if (checkpoint := journal.checkpoint()) is not None:
+        known, taken = checkpoint.known.copy(), checkpoint.steps_taken.copy()
+        usual.extend(checkpoint.usual)
+        start, log = checkpoint.round, Log(checkpoint.position)
+    for record, _ in journal.records(start):
         for report in record.reports:
             known[report.client] = len(log)
             taken[report.client] += report.steps
+        usual.append(usual_size(record.reports))
         log.append(record.updates)
-    return replace(first, round=journal.rounds, known=known, steps_taken=taken), log
+    for array in (known, taken):
+        array.setflags(write=False)
+    state = replace(first, round=journal.rounds, known=known, steps_taken=taken, usual=tuple(usual))
+    return state, log
+
+
+def checkpoint_of(state: ServerState, log: Log) -> Checkpoint:
+    """What the journal keeps of a state, so that the rounds before it need not be read again."""
+    return Checkpoint(
+        state.round,
+        len(log),
+        state.model.to_bytes(),
+        state.known,
+        state.steps_taken,
+        state.usual,
+    )
 
 
 def _is_due(every: int, round: int) -> bool:

@@ -109,7 +109,7 @@ def _finish(directory: Path, journal: Journal, observer: RunObserver) -> dict[st
 def _check_same(recorded: Header, found: Header) -> None:
     """Is what was assembled now what the run began with?"""
     ours, theirs = asdict(found), asdict(recorded)
-    for field in ("fingerprint", "model", "mask", "noise", "partition"):
+    for field in ("fingerprint", "model", "configuration", "mask", "noise", "partition"):
         if ours[field] != theirs[field]:
             raise JournalError(
                 f"the run began with another {field} ({theirs[field][:12]}, now "

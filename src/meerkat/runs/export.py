@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def save_delta(mask: Mask, theta: Theta, path: Path) -> None:
         "mask": mask.digest,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     save_file(arrays, scratch, {"format": f"{_FORMAT}-{_VERSION}", "delta": json.dumps(about)})
     scratch.replace(path)
 

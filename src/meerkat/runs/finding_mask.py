@@ -26,6 +26,7 @@ from meerkat.spaces.mask_criteria import (
 )
 from meerkat.spaces.mask_file import Mask, load_mask, save_mask
 from meerkat.spaces.sensitivity import concentration_of, gradient_at, sensitivity_scores
+from meerkat.transport.handshake import same_probe
 
 __all__ = ["FoundMask", "find_mask"]
 
@@ -64,7 +65,9 @@ def find_mask(sources: _Sources) -> FoundMask:
     loaded, section = sources.loaded, sources.recipe.mask
     path = sources.mask_file or (Path(section.file) if section.file is not None else None)
     if path is not None:
-        return FoundMask(load_mask(path, loaded.fingerprint), path)
+        mask = load_mask(path, loaded.fingerprint, loaded.parameters)
+        _check_same_model(mask, loaded, path)
+        return FoundMask(mask, path)
     parameters = eligible_parameters(loaded.model, section)
     match section.kind:
         case "magnitude":
@@ -81,14 +84,34 @@ def find_mask(sources: _Sources) -> FoundMask:
     return FoundMask(mask)
 
 
+def _check_same_model(mask: Mask, loaded: LoadedModel, path: Path) -> None:
+    """The parameters are equal; is what the model computes with them?
+
+    Raises:
+        MaskError: The configuration, the tokenizer, or the code is another.
+    """
+    known = mask.configuration and loaded.configuration
+    if known and mask.configuration != loaded.configuration:
+        raise MaskError(
+            f"mask {path} was made with another configuration or tokenizer of this model; put "
+            "config.json and the tokenizer's files back, or calibrate again"
+        )
+    if not same_probe(loaded.probe, mask.probe):
+        raise MaskError(
+            f"mask {path} was made where this model computed other logits; install that release "
+            "of transformers, or calibrate again"
+        )
+
+
 def _cached(sources: _Sources) -> FoundMask:
     """The sensitivity mask, found again by model, corpus and settings."""
     section, loaded = sources.recipe.mask, sources.loaded
     settings = section.model_dump(mode="json", exclude={"file"})
     for name in (section.corpus,) if isinstance(section.corpus, str) else section.corpus:
-        if Path(name).is_file():
-            settings[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-    content = json.dumps([loaded.fingerprint, settings], sort_keys=True)
+        file = Path(name).expanduser()
+        if file.is_file():
+            settings[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    content = json.dumps([loaded.fingerprint, loaded.configuration, settings], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:24]
     path = cache_dir(sources.recipe.runtime, "masks") / f"{key}.safetensors"
     with suppress(MaskError):  # absent, damaged, or of another version: made again

@@ -9,14 +9,16 @@ from meerkat.config import Recipe
 from meerkat.engines.base import Engine
 from meerkat.engines.local import LocalEngine
 from meerkat.federation.state import ServerState
+from meerkat.journal import Journal
 from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
 from meerkat.runs.assembly import Assembly, assemble
-from meerkat.runs.directory import claimed, recipe_of
+from meerkat.runs.directory import claimed, journal_path, mask_path, recipe_of
 from meerkat.runs.driver import Evaluator
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
+from meerkat.runs.lock import locked
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
@@ -32,7 +34,7 @@ def start_run(
         RunError: The directory holds a run.
         MeerkatError: See `assembly.assemble` and `driver.train`.
     """
-    with claimed(directory, recipe):
+    with locked(directory), claimed(directory, recipe):
         return _execute(assemble(recipe, progress), directory, observer, progress)
 
 
@@ -50,10 +52,21 @@ def resume_run(
         MeerkatError: See `assembly.assemble` and `driver.train`.
     """
     recipe = recipe_of(directory)
+    with locked(directory):
+        return _resume(directory, recipe, observer, progress, recover)
+
+
+def _resume(
+    directory: Path, recipe: Recipe, observer: RunObserver, progress: Progress, recover: bool
+) -> dict[str, Any]:
     summary = summary_if_complete(directory, recipe, observer, recover)
     if summary is not None:
         return summary
-    return _execute(assemble(recipe, progress), directory, observer, progress)
+    # A run that has begun has a mask of its own: the file or cache that it came from may be gone.
+    own = mask_path(directory)
+    begun = Journal.exists(journal_path(directory)) and own.exists()
+    assembly = assemble(recipe, progress, mask_file=own if begun else None)
+    return _execute(assembly, directory, observer, progress)
 
 
 def _execute(

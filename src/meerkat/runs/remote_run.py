@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from meerkat.runs.directory import claimed, holds_run, recipe_of
 from meerkat.runs.driver import Evaluator
 from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
+from meerkat.runs.lock import locked
 from meerkat.spaces.mask_file import Mask, load_mask, save_mask
 from meerkat.tasks import resolve_task
 from meerkat.tasks.metrics import metric_names
@@ -46,6 +47,7 @@ def host(
     say: Callable[[str], None],
     label_counts: tuple[list[list[int]], str] = ([], ""),
     remember: bool = False,
+    trusted: bool = False,
 ) -> dict[str, Any]:
     """See a run through, from its first round or from where its journal ends; its summary.
 
@@ -56,31 +58,33 @@ def host(
         label_counts: Examples of each label that each client holds, and a digest of who holds
             which; known in a simulation.
         remember: Does each message come to a new process?
+        trusted: Are the clients processes of one simulation? Where all of them fail, it ends.
 
     Raises:
         RunError: The directory holds another run, or too few clients are there.
         MeerkatError: See `driver.train`.
     """
-    claim: AbstractContextManager[None] = nullcontext()
-    if not holds_run(directory):
-        claim = claimed(directory, recipe)
-    else:
-        _check_recipe(directory, recipe)
-        summary = summary_if_complete(directory, recipe, observer)
-        if summary is not None:
-            return summary
-    with claim:
-        make_algorithm(
-            recipe, mask.size
-        )  # what is wrong with its choices shows before anyone joins
+    with locked(directory), ExitStack() as claim:
+        if not holds_run(directory):
+            claim.enter_context(claimed(directory, recipe))
+        else:
+            _check_recipe(directory, recipe)
+            summary = summary_if_complete(directory, recipe, observer)
+            if summary is not None:
+                return summary
+        make_algorithm(recipe, mask.size)  # a wrong choice shows before any client joins
         task = resolve_task(recipe.task)
         metrics = metric_names(recipe.evaluation.metrics, task.has_classes)
         header = header_of(recipe, mask, task.verbalizers, *label_counts)
-        proof = Proof(header.model, header.space, noise.fingerprint())
+        proof = Proof(
+            header.model, header.space, noise.fingerprint(), header.configuration, mask.probe
+        )
         transport = connect(Setup(recipe.to_json(), proof, secrets.token_hex(16), remember))
         file = cache(lambda: _for_clients(mask))
         federation, network = recipe.federation, recipe.network
-        engine = RemoteEngine(transport, federation, network, proof, file, say, progress.advance)
+        engine = RemoteEngine(
+            transport, federation, network, proof, file, say, progress.advance, trusted
+        )
 
         def start_engine(state: ServerState, log: Log) -> tuple[Engine, Evaluator]:
             def evaluate(round: int, state: ModelState) -> Evaluated:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from meerkat.errors import MaskError
 
 __all__ = ["Mask", "check_format", "load_mask", "save_mask"]
 
-_FORMAT, _VERSION = "meerkat-mask", 1
+_FORMAT, _VERSION = "meerkat-mask", 2
 _INDEX_TYPES = (np.uint32, np.int64)
 _MOST_WHOLE = 2**33
 """Most coordinates, 64 GiB of indices, that a file may claim without listing them."""
@@ -47,6 +49,10 @@ class Mask:
     """How the scores were spread: see `sensitivity.concentration_of`."""
     initial: Float32[np.ndarray, " n"] | None = None
     """θ_0, the masked weights as they are in the model, for a server that has no model."""
+    configuration: str = ""
+    """The model's, as `models.loading.LoadedModel.configuration`, for a server that has none."""
+    probe: tuple[float, ...] = ()
+    """Likewise its probe logits."""
 
     @property
     def size(self) -> int:
@@ -82,16 +88,26 @@ def save_mask(mask: Mask, path: str | Path) -> None:
         "model": mask.model,
         "kind": mask.kind,
         "concentration": mask.concentration,
+        "configuration": mask.configuration,
+        "probe": mask.probe,
         "checksum": _checksum(mask),
     }
-    scratch = path.with_name(path.name + ".part")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(arrays, scratch, {"format": f"{_FORMAT}-{_VERSION}", "mask": json.dumps(about)})
     scratch.replace(path)
 
 
-def load_mask(path: str | Path, model: str | None = None) -> Mask:
+def load_mask(
+    path: str | Path,
+    model: str | None = None,
+    parameters: Mapping[str, tuple[int, ...]] | None = None,
+) -> Mask:
     """Read a mask file, and check that it was made for the model with this fingerprint.
+
+    Args:
+        parameters: Shapes of the model's parameters by name. A tensor that is not one of them is
+            refused before any memory is taken, which a file from elsewhere could ask for.
 
     Raises:
         MaskError: The file is missing or damaged, or belongs to another model.
@@ -108,6 +124,8 @@ def load_mask(path: str | Path, model: str | None = None) -> Mask:
             shapes = tuple(tuple(shape) for shape in about["shapes"])
             listed = [arrays.get(f"indices.{number}") for number in range(len(shapes))]
             _check_size(shapes, listed)
+            if parameters is not None:
+                _check_parameters(about["names"], shapes, parameters)
             mask = Mask(
                 tuple(about["names"]),
                 shapes,
@@ -121,6 +139,8 @@ def load_mask(path: str | Path, model: str | None = None) -> Mask:
                 arrays.get("gradient"),
                 about["concentration"],
                 arrays.get("initial"),
+                about["configuration"],
+                tuple(about["probe"]),
             )
         _check_form(mask)
         if _checksum(mask) != about["checksum"]:
@@ -177,10 +197,25 @@ def _check_size(shapes: tuple[tuple[int, ...], ...], listed: list[np.ndarray | N
             raise ValueError("its indices are no lists of integers")
 
 
+def _check_parameters(
+    names: list[str],
+    shapes: tuple[tuple[int, ...], ...],
+    parameters: Mapping[str, tuple[int, ...]],
+) -> None:
+    if len(names) != len(shapes) or len(set(names)) != len(names):
+        raise ValueError("its names and shapes do not agree")
+    for name, shape in zip(names, shapes, strict=True):
+        if parameters.get(name) != shape:
+            raise ValueError(f"its tensor {str(name)[:80]} {shape} is not in the model")
+
+
 def _check_form(mask: Mask) -> None:
     """Check types, order and ranges, which a valid checksum does not guarantee."""
     texts = (*mask.names, mask.model, mask.kind)
     spread = mask.concentration
+    probe = all(type(value) is float for value in mask.probe)
+    if not isinstance(mask.configuration, str) or not probe:
+        raise ValueError("its configuration or probe is of another type")
     if not all(isinstance(text, str) for text in texts) or type(mask.eligible) is not int:
         raise ValueError("a field is of another type")
     if spread is not None and (
@@ -203,7 +238,8 @@ def _check_form(mask: Mask) -> None:
 def _checksum(mask: Mask) -> str:
     """SHA-256 of all that a mask file holds."""
     others = (mask.eligible, mask.model, mask.kind, mask.concentration)
-    digest = hashlib.sha256(f"{mask.digest} {others}\n".encode())
+    identity = (mask.configuration, mask.probe)
+    digest = hashlib.sha256(f"{mask.digest} {others} {identity}\n".encode())
     for values in (mask.gradient, mask.initial):
         if values is not None:
             digest.update(values.astype("<f4").tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import string
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def resolve_task(section: TaskSection) -> Task:
         raise DataError(
             f"task.prompt = {task.prompt!r}: {error}; write a column as {{column}}"
         ) from None
+    parts = string.Formatter().parse(task.prompt)
+    if any(specification or conversion for _, _, specification, conversion in parts):
+        raise DataError(
+            f"task.prompt = {task.prompt!r}: a column is written {{column}}, without format "
+            "specification or conversion"
+        )
     # `str.format` takes no name or a number for a position, and a dot or bracket for a part.
     unusable = [name for name in fields if not name or name.isdigit() or set(name) & set(".[")]
     if not fields or unusable:

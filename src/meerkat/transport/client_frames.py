@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from meerkat.transport.messages import decode_report, encode_report
 __all__ = ["Evaluation", "Failed", "Hello", "Need", "Report", "WantSpace", "decode_up"]
 
 _POSITION = struct.Struct("<I")
-_HELLO = struct.Struct("<BIIII32s32s32s")
+_HELLO = struct.Struct("<BIIII32s32s32s32sB")
 _EVALUATION = struct.Struct("<IIB")
 _METRIC = struct.Struct("<BI")
 """Length of a metric's name in bytes, and its number of sums."""
@@ -65,15 +66,27 @@ class Hello(UpFrame, number=65):
 
     def body(self) -> bytes:
         proof = self.proof
-        digests = (bytes.fromhex(digest) for digest in (proof.model, proof.space, proof.noise))
+        fields = (proof.model, proof.space, proof.noise, proof.configuration)
+        digests = (bytes.fromhex(field) for field in fields)
         counts = (self.client, self.examples, self.held_out, self.position)
-        return _HELLO.pack(VERSION, *counts, *digests)
+        head = _HELLO.pack(VERSION, *counts, *digests, len(proof.probe))
+        return head + np.array(proof.probe, "<f4").tobytes()
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         check_version(body, "the client")
-        _, client, examples, held_out, position, *digests = unpack_exactly(_HELLO, body, "hello")
-        return cls(client, examples, held_out, position, Proof(*(d.hex() for d in digests)))
+        head = unpack(_HELLO, body, "hello")
+        _, client, examples, held_out, position, *digests, width = head
+        if len(body) != _HELLO.size + 4 * width:
+            raise ProtocolError(f"hello of {len(body)} bytes with a probe of {width} logits")
+        model, space, noise, known = (bytes(digest).hex() for digest in digests)
+        configuration = known if any(digests[3]) else ""
+        probe = tuple(np.frombuffer(body, "<f4", offset=_HELLO.size).tolist())
+        if not all(map(math.isfinite, probe)):
+            raise ProtocolError("hello: a logit of its probe is not finite")
+        return cls(
+            client, examples, held_out, position, Proof(model, space, noise, configuration, probe)
+        )
 
 
 @dataclass(frozen=True)

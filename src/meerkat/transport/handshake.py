@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Proof", "difference"]
+__all__ = ["Proof", "difference", "same_probe"]
+
+_TOLERANCE = 0.05
+"""Of the distance between probe logits, by their norm; room for bfloat16 on another processor."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +22,21 @@ class Proof:
     """Of the parameter space; for a mask, the mask's digest."""
     noise: str
     """Of the noise generator."""
+    configuration: str = ""
+    """Digest of the model's configuration and tokenizer; "" where the server does not know it."""
+    probe: tuple[float, ...] = ()
+    """A few logits of the base model; compared with a tolerance, and empty where not known."""
 
 
 _WAY_OUT = {
     "model": (
         "base model",
         "load the model that the recipe names, unchanged and with the recipe's dtype",
+    ),
+    "configuration": (
+        "configuration or tokenizer",
+        "load the model and the tokenizer that the recipe names, with config.json unchanged and "
+        "the same release of transformers",
     ),
     "space": ("mask", "use the run's mask: leave out the client's own, and the server sends it"),
     "noise": (
@@ -41,6 +55,21 @@ def difference(client: Proof, server: Proof) -> str | None:
     """
     for field, (name, way_out) in _WAY_OUT.items():
         theirs, ours = getattr(client, field), getattr(server, field)
-        if theirs != ours:
-            return f"the client's {name} is {theirs[:12]}, the run's is {ours[:12]}; {way_out}"
+        if theirs != ours and ours:
+            told = theirs[:12] or "not known"
+            return f"the client's {name} is {told}, the run's is {ours[:12]}; {way_out}"
+    if not same_probe(client.probe, server.probe):
+        return (
+            "the client's model computes other logits than the run's from the same parameters; "
+            "install the same release of transformers, and load the model's own code"
+        )
     return None
+
+
+def same_probe(theirs: Sequence[float], ours: Sequence[float]) -> bool:
+    """Do two computations of a model's probe logits agree? Where one is not known, they do."""
+    if not theirs or not ours:
+        return True
+    if len(theirs) != len(ours) or not all(map(math.isfinite, theirs)):
+        return False
+    return math.dist(theirs, ours) <= _TOLERANCE * math.hypot(*ours)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from dataclasses import asdict, dataclass
@@ -43,6 +44,7 @@ _POSITION = struct.Struct("<I")
 _EVALUATE = struct.Struct("<II")
 _DIGEST = re.compile("[0-9a-f]{64}")
 """Lower case only, as `hex()` writes it: digests are compared as text, and one names a file."""
+_DIGESTS = ("model", "space", "noise")
 _LONGEST_SESSION = 64
 
 
@@ -82,13 +84,17 @@ class Setup(DownFrame, number=1, waits=True):
         try:
             about = json.loads(body[1:])
             recipe, session, remember = about["recipe"], about["session"], about["remember"]
-            proof = Proof(about["model"], about["space"], about["noise"])
-            digests = [_DIGEST.fullmatch(digest) for digest in vars(proof).values()]
+            probe, *fields = (about[name] for name in ("probe", *_DIGESTS, "configuration"))
+            model, space, noise, configuration = fields
+            proof = Proof(model, space, noise, configuration, tuple(probe))
+            given = fields[:3] if configuration == "" else fields
+            digests = [_DIGEST.fullmatch(field) for field in given]
+            finite = all(type(value) is float and math.isfinite(value) for value in probe)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ProtocolError(f"setup cannot be read: {type(error).__name__}") from None
         texts = isinstance(recipe, str) and isinstance(session, str)
         named = texts and 0 < len(session) <= _LONGEST_SESSION
-        if not named or not isinstance(remember, bool) or not all(digests):
+        if not (named and isinstance(remember, bool) and all(digests) and finite):
             raise ProtocolError("setup cannot be read: a field is of another type")
         return cls(recipe, proof, session, remember)
 

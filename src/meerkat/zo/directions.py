@@ -102,6 +102,7 @@ def _recent(key: NoiseKey, n: int, kind: Kind) -> Float32[np.ndarray, " n"]:
     z.setflags(write=False)
     with _keeping:
         _kept[name] = z
-        while len(_kept) > _KEPT_BYTES // max(z.nbytes, _SMALL):
+        # The newest is kept whatever its size: all clients of a step need it in turn.
+        while len(_kept) > max(1, _KEPT_BYTES // max(z.nbytes, _SMALL)):
             _kept.popitem(last=False)
     return z

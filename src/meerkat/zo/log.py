@@ -53,16 +53,20 @@ class Log:
     """The append-only list of updates, in memory at 24 bytes an entry and 16 an update.
 
     A position in the log is a number of updates.
+
+    Args:
+        base: Position of its first update; a run resumed from a checkpoint has none before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, base: int = 0) -> None:
+        self.base = base
         self._keys = array("I")
         self._coefficients = array("d")
         self._rates = array("d")
         self._ends = array("Q")
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return self.base + len(self._ends)
 
     def append(self, updates: Iterable[Update]) -> None:
         """Add updates at the end."""
@@ -75,15 +79,17 @@ class Log:
             self._ends.append(len(self._coefficients))
 
     def since(self, position: int) -> tuple[Update, ...]:
-        """Updates from this position on."""
-        return tuple(self._update(index) for index in range(position, len(self)))
+        """Updates from this position on, which is not before `base`."""
+        if position < self.base:
+            raise ValueError(f"position {position} is before {self.base}, where this log begins")
+        return tuple(self._update(i) for i in range(position - self.base, len(self._ends)))
 
     def entries_since(self, position: int) -> int:
         """How many entries these have."""
-        return len(self._coefficients) - self._start(position)
+        return len(self._coefficients) - self._start(position - self.base)
 
     def __iter__(self) -> Iterator[Update]:
-        return (self._update(index) for index in range(len(self)))
+        return (self._update(index) for index in range(len(self._ends)))
 
     def _start(self, index: int) -> int:
         return self._ends[index - 1] if index else 0
