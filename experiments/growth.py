@@ -126,25 +126,25 @@ class Stopwatch(RunObserver):
         self.marks.append(time.process_time() - self.link.seconds)
 
 
-def clients(counts: list[int], rounds: int) -> None:
-    for count in counts:
-        recipe, mask, watch = recipe_of(count, rounds), mask_of(), Stopwatch()
+def clients(count: int, rounds: int) -> None:
+    """CPU seconds of the server for a run of bare clients."""
+    recipe, mask, watch = recipe_of(count, rounds), mask_of(), Stopwatch()
 
-        def connect(setup: Setup) -> Bare:
-            watch.link = Bare(setup, recipe, mask)  # noqa: B023
-            return watch.link  # noqa: B023
+    def connect(setup: Setup) -> Bare:
+        watch.link = Bare(setup, recipe, mask)
+        return watch.link
 
-        started = time.process_time()
-        with tempfile.TemporaryDirectory() as scratch:
-            host(recipe, Path(scratch) / "run", mask, connect, watch, Progress(), lambda line: None)
-        per_round = np.diff(watch.marks)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(
-            f"{count:>7,} clients: joining and first round {watch.marks[0] - started:.1f} s, a "
-            f"round {np.median(per_round):.2f} s, {np.median(per_round) / count * 1e6:.0f} µs a "
-            f"client; peak memory {peak / 2**20:,.0f} MiB",
-            flush=True,
-        )
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        host(recipe, Path(scratch) / "run", mask, connect, watch, Progress(), lambda line: None)
+    per_round = np.diff(watch.marks)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(
+        f"{count:>7,} clients: joining and first round {watch.marks[0] - started:.1f} s, a "
+        f"round {np.median(per_round):.2f} s, {np.median(per_round) / count * 1e6:.0f} µs a "
+        f"client; peak memory {peak / 2**20:,.0f} MiB",
+        flush=True,
+    )
 
 
 def journal(count: int, rounds: int) -> None:
@@ -226,7 +226,8 @@ def main() -> None:
     options = parser.parse_args()
     match options.command:
         case "clients":
-            clients(options.clients, options.rounds)
+            for count in options.clients:
+                clients(count, options.rounds)
         case "journal":
             journal(options.clients, options.rounds)
         case _:

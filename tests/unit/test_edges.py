@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -23,7 +24,7 @@ from meerkat.models import objective
 from meerkat.models.objective import TextObjective
 from meerkat.node.config import NodeConfig
 from meerkat.node.session import public_message
-from meerkat.tasks import resolve_task
+from meerkat.tasks import Task, resolve_task
 from meerkat.zo import directions
 from meerkat.zo.directions import DirectionKey, PerturbationStream
 
@@ -46,14 +47,25 @@ def test_a_blank_after_the_equals_sign_is_no_part_of_the_value() -> None:
     assert parse_recipe(BASE, ["model.name = gpt2 "]).model.name == "gpt2"
 
 
+def custom_task() -> Task:
+    section = {"name": "custom", "source": "x.csv", "prompt": "{text}"}
+    section |= {"verbalizers": {"pos": "good", "neg": "bad"}}
+    return resolve_task(parse_recipe({**BASE, "task": section}).task)
+
+
 @pytest.mark.parametrize("row", ["good,pos,3", "good,pos,"])
 def test_a_row_with_more_values_than_columns_is_refused(tmp_path: Path, row: str) -> None:
     (tmp_path / "train.csv").write_text(f"text,label\nfine,pos\n{row}\n")
-    section = {"name": "custom", "source": "x.csv", "prompt": "{text}"}
-    section |= {"verbalizers": {"pos": "good", "neg": "bad"}}
-    task = resolve_task(parse_recipe({**BASE, "task": section}).task)
     with pytest.raises(DataError, match="line 3 has 3 values for 2 columns"):
-        load_folder(task, tmp_path)
+        load_folder(custom_task(), tmp_path)
+
+
+def test_a_document_of_any_length_is_read_from_a_table(tmp_path: Path) -> None:
+    """Python's own reader of tables stops at 131,072 characters unless it is told otherwise."""
+    (tmp_path / "train.csv").write_text("text,label\n" + "word " * 60_000 + ",pos\nshort,neg\n")
+    first, second = load_folder(custom_task(), tmp_path).train
+    assert (len(first.fields["text"].strip()), second.fields["text"]) == (299_999, "short")
+    assert csv.field_size_limit() == 131_072
 
 
 @pytest.mark.parametrize("prompt", ["{text:>400000000}", "{text!r}", "{text:{width}}"])

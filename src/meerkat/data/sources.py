@@ -201,15 +201,21 @@ def _read_table(path: Path, separator: str) -> pandas.DataFrame:
     Raises:
         ValueError: A row has more; pandas would shift its values, or leave one out.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file, delimiter=separator)
-        width = len(next(rows, []))
-        for row in rows:
-            if len(row) > width:
-                raise ValueError(
-                    f"line {rows.line_num} has {len(row)} values for {width} columns; quote a "
-                    "value that holds the separator"
-                )
+    limit = csv.field_size_limit(2**31 - 1)  # by default a long document is an error
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file, delimiter=separator)
+            width = len(next(rows, []))
+            for row in rows:
+                if len(row) > width:
+                    raise ValueError(
+                        f"line {rows.line_num} has {len(row)} values for {width} columns; quote a "
+                        "value that holds the separator"
+                    )
+    except csv.Error as error:
+        raise ValueError(f"line {rows.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
     return pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, index_col=False)
 
 

@@ -94,6 +94,9 @@ class Journal(Store):
         aside = path.with_name(path.name + ".damaged")
         # A kill at any moment leaves a journal in place: the damaged one, or the recovered one.
         shutil.copy2(path, aside)
+        wal = path.with_name(path.name + "-wal")
+        if wal.exists():  # it could not be written into the damaged file, and holds rounds of it
+            shutil.copy2(wal, aside.with_name(aside.name + "-wal"))
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         scratch.replace(path)

@@ -38,7 +38,7 @@ def replay(journal: Journal, rounds: int | None = None, audit: bool = False) -> 
         recorded = record.state_digest
         if audit:
             _check(journal, done, state, recorded)
-            if marks.get(done, b"") not in (b"", state.to_bytes()):
+            if done in marks and marks[done] != state.to_bytes():
                 raise JournalError(f"{journal.path}: the checkpoint after round {done} is another")
     _check(journal, done, state, recorded)
     return state
