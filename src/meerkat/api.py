@@ -241,7 +241,7 @@ def export(
         theta = replay_journal(journal, rounds).theta
     mask = mask_of(directory, header)
     if delta:
-        save_delta(mask, theta, to)
+        save_delta(mask, mask.weights(theta), to)
         return to
     recipe = recipe_of(directory)
     loaded = load_model(recipe.model, recipe.runtime)
@@ -250,7 +250,7 @@ def export(
             f"model.name = {recipe.model.name!r} is not the model that the run began with "
             f"(fingerprint {loaded.fingerprint[:12]}, journal {header.model[:12]}); restore it"
         )
-    save_merged(loaded, mask, theta, to)
+    save_merged(loaded, mask, mask.weights(theta), to)
     return to
 
 

@@ -22,6 +22,7 @@ from meerkat.config.sections import (
     Section,
     Seed,
     Selection,
+    SubspaceSection,
     TaskSection,
 )
 
@@ -37,6 +38,8 @@ class Recipe(Section):
     task: TaskSection
     federation: Federation
     mask: MaskSection = MaskSection()
+    subspace: Annotated[SubspaceSection | None, Neutral(None)] = None
+    """Where θ may move within the mask; anywhere if it is left out."""
     optimizer: Optimizer = Optimizer()
     noise: Noise = Noise()
     evaluation: Evaluation = Evaluation()

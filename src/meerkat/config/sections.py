@@ -117,6 +117,29 @@ class MaskSection(Section):
     """A mask file to use instead of calibrating; it must have been made for this model."""
 
 
+class SubspaceSection(Section):
+    """Where θ may move within the mask (method.md section 9)."""
+
+    kind: Literal["aligned", "random"] = "aligned"
+    """Directions that the model's own answers to public texts depend on, or random ones."""
+    dimensions: Count = 32
+    """Directions k."""
+    texts: Count = 256
+    """Public texts N, each of which takes one backward pass."""
+    corpus: str | tuple[str, ...] | None = None
+    """Where they come from, if not from `mask.corpus`."""
+    score: Literal["auto", "difference", "sampled", "uniform", "mixed"] = "auto"
+    """Whose gradient a text gives: the difference of two answers' scores (`auto` where there are
+    two), the log-probability of an answer that the model or a die draws (`sampled`, `uniform`), or
+    a random combination of all answers' scores (`mixed`, `auto` where there are more)."""
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """δ, as a share of the largest curvature."""
+    power: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """0.5 makes the curvature of all directions one, 0 leaves it."""
+    seed: Seed = 0
+    """Which texts, and what is drawn."""
+
+
 class TaskSection(Section):
     name: str
     """A registered task, or `custom`."""

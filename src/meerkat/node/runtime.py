@@ -34,7 +34,7 @@ class ClientRuntime:
         self._own = own
         self._clients: dict[int, Client] = {}
         loaded = assembly.loaded
-        digest = load_mask(mask, parameters=loaded.parameters).digest
+        digest = load_mask(mask, parameters=loaded.parameters).fingerprint
         self.proof = Proof(
             loaded.fingerprint, digest, noise.fingerprint(), loaded.configuration, loaded.probe
         )

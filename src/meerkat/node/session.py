@@ -236,7 +236,7 @@ class ClientSession:
         scratch.write_bytes(content)
         try:
             loaded = assembly_of(self._node, recipe, setup).loaded
-            found = load_mask(scratch, loaded.fingerprint, loaded.parameters).digest
+            found = load_mask(scratch, loaded.fingerprint, loaded.parameters).fingerprint
             if found != setup.proof.space:
                 raise MaskError(f"the server sent mask {found[:12]}, not {setup.proof.space[:12]}")
             scratch.replace(path)

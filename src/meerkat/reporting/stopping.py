@@ -122,7 +122,7 @@ def _gradient(directory: Path, header: Header) -> Theta | None:
         mask = load_mask(directory / "mask.safetensors", header.model)
     except (MaskError, OSError):
         return None
-    return mask.gradient if mask.digest == header.mask else None
+    return mask.direction_gradient if mask.fingerprint == header.space else None
 
 
 def _curves(

@@ -23,6 +23,8 @@ from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
 from meerkat.progress import Progress
 from meerkat.runs.finding_mask import FoundMask, find_mask
+from meerkat.runs.finding_subspace import find_subspace, subspace_of_file
+from meerkat.spaces.linear import space_of
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.metrics import metric_names
@@ -86,7 +88,7 @@ class Assembly:
 
     @cached_property
     def algorithm(self) -> Algorithm:
-        return make_algorithm(self.recipe, self.found_mask.mask.size)
+        return make_algorithm(self.recipe, self.found_mask.mask.dimensions)
 
     @cached_property
     def found_mask(self) -> FoundMask:
@@ -99,6 +101,11 @@ class Assembly:
             configuration=loaded.configuration,
             probe=loaded.probe,
         )
+        section = self.recipe.subspace
+        if mask.subspace is not None:
+            subspace_of_file(mask.subspace, section, self.task)
+        elif section is not None:
+            mask = replace(mask, subspace=find_subspace(self, mask, section))
         return replace(found, mask=mask)
 
     @cached_property
@@ -111,7 +118,7 @@ class Assembly:
 
     def worker(self) -> Worker:
         """The model as a worker, at the initial θ."""
-        space = MaskedSpace(self.loaded.model, self.found_mask.mask)
+        space = space_of(self.loaded.model, self.found_mask.mask)
         return Worker(space, self.objective, self.algorithm)
 
     def client(self, number: int, part: int | None = None) -> Client:

@@ -145,7 +145,7 @@ def mask_of(directory: Path, header: Header) -> Mask:
         JournalError: It is another.
     """
     mask = load_mask(mask_path(directory), header.model)
-    if mask.digest != header.mask:
+    if mask.fingerprint != header.space:
         raise JournalError(
             f"{directory / _MASK} is not the mask of this run ({mask.digest[:12]}, journal "
             f"{header.mask[:12]}); put the run's own mask back"

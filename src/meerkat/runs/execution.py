@@ -75,7 +75,7 @@ def execute(
         MeerkatError: See `driver.train`.
     """
     check_signal(recipe.selection, mask)
-    assert mask.initial is not None, "θ_0 is read with the mask"
+    assert mask.start is not None, "θ_0 is read with the mask"
     path = journal_path(directory)
     if Journal.exists(path):
         journal = Journal.open(path)
@@ -83,11 +83,11 @@ def execute(
     else:
         path.unlink(missing_ok=True)  # a journal whose header was never written
         save_mask(mask, mask_path(directory))
-        journal = Journal.create(path, header, mask.initial)
+        journal = Journal.create(path, header, mask.start)
     with closing(journal):
         federation = recipe.federation
         state, log = restore_state(journal, federation.clients, federation.local_steps)
-        stopping = EarlyStopping(recipe, journal, mask.gradient, observer.clients_stopped)
+        stopping = EarlyStopping(recipe, journal, mask.direction_gradient, observer.clients_stopped)
         engine, evaluate = start_engine(state, log)
         observer.run_started(RunInfo(directory, journal))
         train(recipe, journal, state, log, engine, stopping, evaluate, observer, progress)
@@ -109,7 +109,7 @@ def _finish(directory: Path, journal: Journal, observer: RunObserver) -> dict[st
 def _check_same(recorded: Header, found: Header) -> None:
     """Is what was assembled now what the run began with?"""
     ours, theirs = asdict(found), asdict(recorded)
-    for field in ("fingerprint", "model", "configuration", "mask", "noise", "partition"):
+    for field in ("fingerprint", "model", "configuration", "mask", "space", "noise", "partition"):
         if ours[field] != theirs[field]:
             raise JournalError(
                 f"the run began with another {field} ({theirs[field][:12]}, now "

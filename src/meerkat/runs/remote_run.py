@@ -72,7 +72,7 @@ def host(
             summary = summary_if_complete(directory, recipe, observer)
             if summary is not None:
                 return summary
-        make_algorithm(recipe, mask.size)  # a wrong choice shows before any client joins
+        make_algorithm(recipe, mask.dimensions)  # a wrong choice shows before any client joins
         task = resolve_task(recipe.task)
         metrics = metric_names(recipe.evaluation.metrics, task.has_classes)
         header = header_of(recipe, mask, task.verbalizers, *label_counts)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from meerkat.errors import MaskError
+from meerkat.spaces.subspace import Subspace, combined
 
 __all__ = ["Mask", "check_format", "load_mask", "save_mask"]
 
@@ -53,11 +54,45 @@ class Mask:
     """The model's, as `models.loading.LoadedModel.configuration`, for a server that has none."""
     probe: tuple[float, ...] = ()
     """Likewise its probe logits."""
+    subspace: Subspace | None = None
+    """Where θ may move within the mask; anywhere by default."""
 
     @property
     def size(self) -> int:
         """n."""
         return sum(map(len, self.indices))
+
+    @property
+    def dimensions(self) -> int:
+        """Values of the training state: n, or the k of a subspace."""
+        return self.size if self.subspace is None else self.subspace.dimensions
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the space: the digest, or SHA-256 of it and the subspace's."""
+        if self.subspace is None:
+            return self.digest
+        return hashlib.sha256(f"{self.digest} {self.subspace.digest}".encode()).hexdigest()
+
+    @property
+    def start(self) -> Float32[np.ndarray, " k"] | None:
+        """The state's values before round 0: θ_0, or w = 0."""
+        return self.initial if self.subspace is None else np.zeros(self.dimensions, np.float32)
+
+    @property
+    def direction_gradient(self) -> Float32[np.ndarray, " k"] | None:
+        """p along the state's values: p itself, or B p."""
+        if self.subspace is None or self.gradient is None:
+            return self.gradient
+        p = self.gradient.astype(np.float64)
+        return np.array([math.fsum((row * p).tolist()) for row in self.subspace.basis], np.float32)
+
+    def weights(self, values: Float32[np.ndarray, " k"]) -> Float32[np.ndarray, " n"]:
+        """The masked weights that the state's values stand for."""
+        if self.subspace is None:
+            return values
+        assert self.initial is not None, "θ_0 is read with the mask"
+        return combined(self.initial, self.subspace.basis, values)
 
     @property
     def digest(self) -> str:
@@ -81,6 +116,8 @@ def save_mask(mask: Mask, path: str | Path) -> None:
     for name, values in (("gradient", mask.gradient), ("initial", mask.initial)):
         if values is not None:
             arrays[name] = values
+    if mask.subspace is not None:
+        arrays |= {"directions": mask.subspace.directions, "scales": mask.subspace.scales}
     about = {
         "names": mask.names,
         "shapes": mask.shapes,
@@ -90,6 +127,7 @@ def save_mask(mask: Mask, path: str | Path) -> None:
         "concentration": mask.concentration,
         "configuration": mask.configuration,
         "probe": mask.probe,
+        "subspace": None if mask.subspace is None else mask.subspace.described(),
         "checksum": _checksum(mask),
     }
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -141,6 +179,7 @@ def load_mask(
                 arrays.get("initial"),
                 about["configuration"],
                 tuple(about["probe"]),
+                Subspace.read(about["subspace"], arrays),
             )
         _check_form(mask)
         if _checksum(mask) != about["checksum"]:
@@ -233,6 +272,8 @@ def _check_form(mask: Mask) -> None:
     for values in (mask.gradient, mask.initial):
         if values is not None and (values.dtype != np.float32 or values.shape != (mask.size,)):
             raise ValueError("its gradient or initial parameters are not one float32 a coordinate")
+    if mask.subspace is not None:
+        mask.subspace.check(mask.size)
 
 
 def _checksum(mask: Mask) -> str:
@@ -240,6 +281,7 @@ def _checksum(mask: Mask) -> str:
     others = (mask.eligible, mask.model, mask.kind, mask.concentration)
     identity = (mask.configuration, mask.probe)
     digest = hashlib.sha256(f"{mask.digest} {others} {identity}\n".encode())
+    digest.update(b"" if mask.subspace is None else mask.subspace.digest.encode())
     for values in (mask.gradient, mask.initial):
         if values is not None:
             digest.update(values.astype("<f4").tobytes())

@@ -1,0 +1,171 @@
+"""A recipe's subspace: public texts in the prompt → scores → directions (method.md section 9)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from string import Formatter
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32
+from torch import Tensor
+
+from meerkat.config import Recipe
+from meerkat.config.sections import SubspaceSection
+from meerkat.data.corpus import corpus_texts
+from meerkat.data.encoding import Encoded, Encoder
+from meerkat.data.packing import pack
+from meerkat.errors import DataError, MaskError, RecipeError
+from meerkat.models.loading import LoadedModel
+from meerkat.models.objective import TextObjective
+from meerkat.progress import Progress
+from meerkat.spaces.alignment import Scheme, score_gradients
+from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.subspace import Subspace, subspace_of
+from meerkat.spaces.whitening import whitened
+from meerkat.tasks import Example, Task
+from meerkat.zo.noise import NoiseKey, draw, permutation
+
+__all__ = ["find_subspace", "subspace_of_file"]
+
+_SHORTEST, _LONGEST = 4, 60
+"""Words of a sentence that is taken."""
+_POOL = 16
+"""Sentences are drawn from at most this many times as many as are needed."""
+
+
+class _Sources(Protocol):
+    """What an `Assembly` has of this."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def loaded(self) -> LoadedModel: ...
+    @property
+    def task(self) -> Task: ...
+    @property
+    def encoder(self) -> Encoder: ...
+    @property
+    def objective(self) -> TextObjective: ...
+    @property
+    def progress(self) -> Progress: ...
+
+
+def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
+    """The directions within a mask that a recipe asks for.
+
+    Raises:
+        DataError: The corpus cannot be read, or has too few sentences.
+        RecipeError: There are fewer directions than `subspace.dimensions`.
+    """
+    if section.kind == "random":
+        drawn = [
+            draw(NoiseKey(section.seed, 2, 0, 0, j), mask.size) for j in range(section.dimensions)
+        ]
+        rows = np.stack(drawn) / np.float32(np.sqrt(mask.size))
+        about = {"settings": _settings(section)}
+        return subspace_of("random", rows, np.ones(section.dimensions), about)
+    examples = public_examples(sources, section)
+    encoded = [sources.encoder.encode(example) for example in examples]
+    scheme = _scheme(section, len(sources.task.verbalizers))
+    sources.progress.start("Finding the subspace", len(encoded))
+    scores = score_gradients(
+        partial(_answer_scores, sources.objective),
+        dict(sources.loaded.model.named_parameters()),
+        encoded,
+        mask,
+        scheme,
+        section.seed,
+        sources.progress.advance,
+    )
+    try:
+        basis = whitened(scores, section.dimensions, section.damping, section.power)
+    except ValueError as error:
+        raise RecipeError(
+            f"subspace.dimensions = {section.dimensions}: {error}; lower it or raise subspace.texts"
+        ) from None
+    content = "\n".join(json.dumps(dict(example.fields), sort_keys=True) for example in examples)
+    about = {
+        "prompt": sources.task.prompt,
+        "answers": json.dumps(sources.task.verbalizers),
+        "texts": hashlib.sha256(content.encode()).hexdigest(),
+        "score": scheme,
+        "settings": _settings(section),
+    }
+    return subspace_of("aligned", basis.rows, basis.curvature, about)
+
+
+def subspace_of_file(found: Subspace, section: SubspaceSection | None, task: Task) -> Subspace:
+    """The subspace that a mask file carries, if it is what a recipe asks for.
+
+    Raises:
+        MaskError: It was made with other settings, or for another prompt or other answers.
+    """
+    if section is None:
+        raise MaskError("the mask file holds a subspace; add [subspace], or take a mask without")
+    if found.about.get("settings") != _settings(section):
+        raise MaskError(
+            "the mask file holds a subspace that was made with other settings than [subspace] "
+            f"has ({found.about.get('settings')}); put those in the recipe, or take a mask without"
+        )
+    made_for = [found.about.get(name) for name in ("prompt", "answers")]
+    if found.kind == "aligned" and made_for != [task.prompt, json.dumps(task.verbalizers)]:
+        raise MaskError(
+            f"the mask file holds a subspace for the prompt {made_for[0]!r} and the answers "
+            f"{made_for[1]}, not for those of this task; take a mask without"
+        )
+    return found
+
+
+def _settings(section: SubspaceSection) -> str:
+    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
+
+
+def _scheme(section: SubspaceSection, answers: int) -> Scheme:
+    if section.score == "auto":
+        return "difference" if answers == 2 else "mixed" if answers > 2 else "sampled"
+    if section.score == "difference" and answers != 2:
+        raise RecipeError(
+            f"subspace.score = 'difference' is for two answers, the task has "
+            f"{answers}; take 'mixed'"
+        )
+    return section.score
+
+
+def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor, " A"]:
+    return objective.scores(pack([example]).to(objective.device))[0]
+
+
+def public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
+    """Sentences of the corpus as the fields of the task's prompt; they have no label."""
+    corpus = section.corpus or sources.recipe.mask.corpus
+    texts_of = sources.recipe.mask.model_copy(update={"corpus": corpus})
+    names = sorted({name for _, name, *_ in Formatter().parse(sources.task.prompt) if name})
+    needed = section.texts * len(names)
+    pool: list[str] = []
+    for sentence in sentences(corpus_texts(texts_of)):
+        pool.append(sentence)
+        if len(pool) >= needed * _POOL:
+            break
+    if len(pool) < needed:
+        raise DataError(
+            f"subspace.corpus = {corpus!r} has {len(pool)} sentences of {_SHORTEST} to {_LONGEST} "
+            f"words, {needed} are needed; lower subspace.texts"
+        )
+    chosen = permutation(section.seed, (2, 1), len(pool))[:needed].reshape(section.texts, -1)
+    return [
+        Example({name: pool[place] for name, place in zip(names, row, strict=True)}, 0)
+        for row in chosen.tolist()
+    ]
+
+
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Sentences of a few to some dozen words."""
+    for text in texts:
+        for sentence in re.split(r"(?<=[.!?。！？])\s+|\n+", text):
+            if _SHORTEST <= len(sentence.split()) <= _LONGEST:
+                yield sentence.strip()

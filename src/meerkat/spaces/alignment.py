@@ -1,0 +1,91 @@
+"""Public texts → scores: gradients of a model's own answers at the masked coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor, nn
+
+from meerkat.spaces.mask_file import Mask
+
+__all__ = ["AnswerScores", "Scheme", "score_gradients"]
+
+AnswerScores: TypeAlias = Callable[[Any], Float32[Tensor, " A"]]
+"""A text in its prompt → the score of each answer, with the graph for a backward pass."""
+Scheme: TypeAlias = Literal["sampled", "uniform", "difference", "mixed"]
+
+
+def score_gradients(
+    scores: AnswerScores,
+    parameters: dict[str, nn.Parameter],
+    texts: Sequence[Any],
+    mask: Mask,
+    scheme: Scheme,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Float32[np.ndarray, "N n"]:
+    """s_i of each text: one backward pass each, kept at the masked coordinates only.
+
+    Schemes:
+        sampled: ∇ log p(ŷ | x), ŷ drawn from the model's own answers.
+        uniform: The same with ŷ drawn uniformly: rare answers are seen, too.
+        difference: The gradient of the difference of the first two answers' scores.
+        mixed: A random combination of the centred scores of all answers.
+
+    Raises:
+        ValueError: `difference` without two answers.
+    """
+    draw = np.random.Generator(np.random.Philox(seed))
+    chosen = {name: parameters[name] for name in mask.names}
+    where = {name: torch.from_numpy(i) for name, i in zip(mask.names, mask.indices, strict=True)}
+    rows = np.zeros((len(texts), mask.size), np.float32)
+    ends = np.cumsum([len(i) for i in mask.indices])
+    begins = dict(zip(mask.names, [0, *ends[:-1].tolist()], strict=True))
+    row = rows[0] if len(rows) else np.empty(0, np.float32)
+
+    def collect(name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        indices = where[name].to(parameter.device)
+        values = parameter.grad.reshape(-1)[indices].float().cpu().numpy()
+        row[begins[name] : begins[name] + len(values)] = values
+        parameter.grad = None
+
+    handles = []
+    try:
+        for name, parameter in chosen.items():
+            parameter.requires_grad_(True)
+            handle = parameter.register_post_accumulate_grad_hook(partial(collect, name))
+            handles.append(handle)
+        for number, text in enumerate(texts):
+            row = rows[number]
+            _target(scores(text), scheme, draw).backward()
+            advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in chosen.values():
+            parameter.requires_grad_(False)
+    return rows
+
+
+def _target(found: Tensor, scheme: Scheme, draw: np.random.Generator) -> Tensor:
+    """The number of a text whose gradient is its score."""
+    match scheme:
+        case "difference":
+            if len(found) != 2:
+                raise ValueError(f"the difference of two answers, not of {len(found)}")
+            return found[1] - found[0]
+        case "mixed":
+            weights = torch.from_numpy(draw.standard_normal(len(found))).to(found)
+            return ((found - found.mean()) * weights).sum()
+        case "uniform":
+            answer = int(draw.integers(len(found)))
+        case "sampled":
+            shares = found.detach().double().softmax(0).cpu().numpy()
+            answer = int(draw.choice(len(shares), p=shares / shares.sum()))
+    return found.log_softmax(0)[answer]

@@ -1,0 +1,52 @@
+"""A linear subspace of the masked weights: θ = θ_0 + B w, the same bits on every machine."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float32
+from torch import nn
+
+from meerkat.spaces.base import ParameterSpace
+from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.masked import MaskedSpace
+from meerkat.spaces.subspace import combined
+from meerkat.zo.state import Theta
+
+__all__ = ["LinearSpace", "space_of"]
+
+
+class LinearSpace:
+    """w of θ_0 + B w, with θ_0 the masked weights as they were loaded; w starts at zero.
+
+    Args:
+        basis: B, a row for each of k directions.
+        fingerprint: Of the mask and B.
+    """
+
+    def __init__(self, inner: MaskedSpace, basis: Float32[np.ndarray, "k n"], fingerprint: str):
+        if basis.shape[1] != inner.size:
+            raise ValueError(f"a basis over {basis.shape[1]} values, the mask has {inner.size}")
+        self._inner, self._basis = inner, basis
+        self._start = inner.read()
+        self.size = len(basis)
+        self.fingerprint = fingerprint
+
+    def read(self) -> Theta:
+        """Zeros: the model as it was loaded."""
+        return np.zeros(self.size, np.float32)
+
+    def write(self, theta: Theta) -> None:
+        """Make the masked weights cast(θ_0 + B w)."""
+        self._inner.write(combined(self._start, self._basis, theta))
+
+    def restore(self) -> None:
+        """Put back exactly the bits that the model had when the space was made."""
+        self._inner.restore()
+
+
+def space_of(model: nn.Module, mask: Mask) -> ParameterSpace:
+    """Where the state may move in a model: the masked weights, or the mask's subspace of them."""
+    inner = MaskedSpace(model, mask)
+    if mask.subspace is None:
+        return inner
+    return LinearSpace(inner, mask.subspace.basis, mask.fingerprint)

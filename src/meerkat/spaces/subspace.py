@@ -1,0 +1,120 @@
+"""A subspace of the masked weights, as a mask file carries it: directions, scales, origin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, UInt16
+
+__all__ = ["Subspace", "bfloat16_bits", "combined", "subspace_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """B = diag(scales) V, with the rows of V in bfloat16: 2 bytes for each of k × n numbers."""
+
+    kind: str
+    directions: UInt16[np.ndarray, "k n"]
+    """Bits of V, one direction a row."""
+    scales: Float32[np.ndarray, " k"]
+    curvature: tuple[float, ...]
+    """λ of every direction that the texts span, the largest first."""
+    about: Mapping[str, str]
+    """Prompt, answers, digest of the texts, and settings that it was made with."""
+
+    def described(self) -> dict[str, Any]:
+        """What is not an array of it, for a file's metadata."""
+        return {"kind": self.kind, "curvature": self.curvature, "about": dict(self.about)}
+
+    @classmethod
+    def read(cls, described: Any, arrays: Mapping[str, np.ndarray]) -> Subspace | None:
+        """The subspace of a file; None where it has none.
+
+        Raises:
+            KeyError, TypeError: A part is missing or of another type.
+        """
+        if described is None:
+            return None
+        curvature, about = tuple(described["curvature"]), dict(described["about"])
+        return cls(described["kind"], arrays["directions"], arrays["scales"], curvature, about)
+
+    def check(self, size: int) -> None:
+        """Check types and shapes.
+
+        Args:
+            size: n of the mask.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        k = len(self.scales)
+        shaped = self.directions.shape == (k, size) and self.scales.shape == (k,) and k > 0
+        typed = self.directions.dtype == np.uint16 and self.scales.dtype == np.float32
+        texts = [self.kind, *self.about, *self.about.values()]
+        if not (shaped and typed and all(isinstance(text, str) for text in texts)):
+            raise ValueError("its subspace is not k bfloat16 directions over the mask")
+        if not all(type(value) is float for value in self.curvature):
+            raise ValueError("its curvature is of another type")
+
+    @property
+    def dimensions(self) -> int:
+        """k."""
+        return len(self.directions)
+
+    @cached_property
+    def basis(self) -> Float32[np.ndarray, "k n"]:
+        """B, the same bits on every machine: a bfloat16 is the upper half of a float32."""
+        rows = (self.directions.astype("<u4") << 16).view("<f4").astype(np.float32)
+        return np.multiply(rows, self.scales[:, None])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that it holds."""
+        head = [self.kind, self.directions.shape, self.curvature, dict(self.about)]
+        digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
+        digest.update(self.directions.astype("<u2").tobytes())
+        digest.update(self.scales.astype("<f4").tobytes())
+        return digest.hexdigest()
+
+
+def subspace_of(
+    kind: str,
+    rows: Float32[np.ndarray, "k n"],
+    curvature: Float64[np.ndarray, " N"],
+    about: Mapping[str, str],
+) -> Subspace:
+    """A subspace from the rows of B: unit directions in bfloat16, and their lengths."""
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
+    unit = (rows / lengths[:, None]).astype(np.float32)
+    return Subspace(
+        kind, bfloat16_bits(unit), lengths.astype(np.float32), tuple(curvature.tolist()), about
+    )
+
+
+def bfloat16_bits(values: Float32[np.ndarray, "k n"]) -> UInt16[np.ndarray, "k n"]:
+    """Each value rounded to the nearest bfloat16, ties to even."""
+    bits = values.view("<u4")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def combined(
+    start: Float32[np.ndarray, " n"],
+    basis: Float32[np.ndarray, "k n"],
+    w: Float32[np.ndarray, " k"],
+) -> Float32[np.ndarray, " n"]:
+    """θ_0 + Σ_j w_j B_j in float32, one direction after the other.
+
+    Elementwise products and sums are exact IEEE operations in this order on every machine; a
+    matrix product would leave the order to the processor.
+    """
+    theta, scratch = start.copy(), np.empty_like(start)
+    for weight, row in zip(w, basis, strict=True):
+        np.multiply(row, weight, out=scratch)
+        np.add(theta, scratch, out=theta)
+    return theta
