@@ -1045,7 +1045,8 @@ def test_one_that_comes_and_goes_piles_up_nothing(make_hub):
         bare.close()
     assert codes[-1] is grpc.StatusCode.DEADLINE_EXCEEDED
     events = drain(hub)
-    assert 12 <= len(events) <= 17
+    # The limit of 16, and what was on its way when there was room again.
+    assert 12 <= len(events) <= 20
     assert events[:2] == [Event(0, HELLO), Event(0, None, "it left")]
     member = Member(session)
     hub.take(0, HELLO)
