@@ -12,6 +12,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 # Tiny tensors: a second thread costs more than it gives, ten times so beside another job.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
 from builders import WORDS, tiny_model
 
@@ -33,6 +34,15 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
     paragraphs = [f"{WORDS} the film number {i} is a story about a plot." for i in range(60)]
     path.write_text("\n\n".join(paragraphs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def sentences_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of sentences that differ in their words."""
+    path = tmp_path_factory.mktemp("corpus") / "sentences.txt"
+    words, draw = WORDS.split(), np.random.default_rng(0)
+    path.write_text("\n".join(" ".join(draw.choice(words, size=8)) + "." for _ in range(60)))
     return path
 
 

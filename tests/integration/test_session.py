@@ -380,6 +380,26 @@ def test_sessions_give_the_local_bits(
     assert all(" is here " in line for line in remote.lines)
 
 
+def test_sessions_in_a_subspace_give_the_local_bits(
+    tiny_recipe_data: dict[str, Any],
+    mask: Mask,
+    sentences_file: Path,
+    tmp_path: Path,
+    cheap: None,
+) -> None:
+    """Clients get it with the mask; a server whose mask has none is told so."""
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    recipe = recipe_of(tiny_recipe_data, subspace=subspace)
+    local = local_run(recipe, tmp_path / "local")
+    with pytest.raises(MaskError, match="holds no subspace"):
+        RemoteRun(recipe, tmp_path / "without", mask).run()
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    remote = RemoteRun(recipe, tmp_path / "remote", made)
+    assert remote.run()["state_digest"] == local["state_digest"]
+    assert content(remote.out) == content(tmp_path / "local")
+    same_evaluations(remote.out, tmp_path / "local")
+
+
 @pytest.mark.parametrize("by", ["log", "snapshot"])
 @pytest.mark.parametrize("rule", [MOMENTUM, ADAM], ids=["momentum", "adam"])
 def test_a_client_that_joins_late_gets_the_state_of_the_rule(

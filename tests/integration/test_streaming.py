@@ -1044,9 +1044,9 @@ def test_one_that_comes_and_goes_piles_up_nothing(make_hub):
         codes.append(bare.call.code())
         bare.close()
     assert codes[-1] is grpc.StatusCode.DEADLINE_EXCEEDED
+    # Counted before one is received: then there is room again, and what was on its way may come in.
+    assert 12 <= hub._inbox._events.qsize() <= 16
     events = drain(hub)
-    # The limit of 16, and what was on its way when there was room again.
-    assert 12 <= len(events) <= 20
     assert events[:2] == [Event(0, HELLO), Event(0, None, "it left")]
     member = Member(session)
     hub.take(0, HELLO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,9 @@ RATES = {"learning_rate": 0.1, "epsilon": 0.1}
 
 
 @pytest.fixture
-def sentences(tmp_path: Path) -> str:
-    """A corpus of sentences that differ in their words."""
-    words = "the film story plot bad awful good fine great is a about".split()  # noqa: SIM905
-    draw = np.random.default_rng(0)
-    lines = [" ".join(draw.choice(words, size=8)) + "." for _ in range(60)]
-    path = tmp_path / "sentences.txt"
-    path.write_text("\n".join(lines))
-    return str(path)
-
-
-@pytest.fixture
-def data(tiny_recipe_data: dict, sentences: str) -> dict[str, Any]:
-    subspace = {**SUBSPACE, "corpus": sentences}
+def data(tiny_recipe_data: dict, sentences_file: Path, tmp_path: Path) -> dict[str, Any]:
+    corpus = shutil.copy(sentences_file, tmp_path / "sentences.txt")
+    subspace = {**SUBSPACE, "corpus": str(corpus)}
     return merged(tiny_recipe_data, subspace=subspace, optimizer=RATES)
 
 

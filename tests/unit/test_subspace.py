@@ -56,13 +56,14 @@ def test_more_dimensions_than_scores() -> None:
 def test_directions_are_kept_in_bfloat16() -> None:
     import torch
 
-    from meerkat.spaces.subspace import bfloat16_bits, subspace_of
+    from meerkat.spaces.linear import subspace_of
 
     rows = np.random.default_rng(3).normal(size=(4, 1000)).astype(np.float32)
-    bits = torch.from_numpy(rows).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(bfloat16_bits(rows), bits)
     found = subspace_of("aligned", rows, np.ones(4), {"prompt": "{text}"})
     assert found.dimensions == 4
+    unit = torch.from_numpy((rows / np.linalg.norm(rows, axis=1)[:, None]).astype(np.float32))
+    lengths = torch.from_numpy(found.scales)[:, None]
+    assert np.array_equal(found.basis, (unit.bfloat16().float() * lengths).numpy())
     assert np.allclose(found.basis, rows, rtol=1e-2, atol=1e-4)
     assert found.digest == subspace_of("aligned", rows, np.ones(4), {"prompt": "{text}"}).digest
     assert found.digest != subspace_of("aligned", rows, np.ones(4), {"prompt": "{x}"}).digest

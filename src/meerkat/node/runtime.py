@@ -34,9 +34,9 @@ class ClientRuntime:
         self._own = own
         self._clients: dict[int, Client] = {}
         loaded = assembly.loaded
-        digest = load_mask(mask, parameters=loaded.parameters).fingerprint
+        space = load_mask(mask, parameters=loaded.parameters).fingerprint
         self.proof = Proof(
-            loaded.fingerprint, digest, noise.fingerprint(), loaded.configuration, loaded.probe
+            loaded.fingerprint, space, noise.fingerprint(), loaded.configuration, loaded.probe
         )
 
     @property

@@ -23,9 +23,10 @@ from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
 from meerkat.progress import Progress
 from meerkat.runs.finding_mask import FoundMask, find_mask
-from meerkat.runs.finding_subspace import find_subspace, subspace_of_file
+from meerkat.runs.finding_subspace import find_subspace
 from meerkat.spaces.linear import space_of
 from meerkat.spaces.masked import MaskedSpace
+from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.metrics import metric_names
 
@@ -102,10 +103,9 @@ class Assembly:
             probe=loaded.probe,
         )
         section = self.recipe.subspace
-        if mask.subspace is not None:
-            subspace_of_file(mask.subspace, section, self.task)
-        elif section is not None:
+        if section is not None and mask.subspace is None:
             mask = replace(mask, subspace=find_subspace(self, mask, section))
+        check_subspace(mask.subspace, section, self.task)
         return replace(found, mask=mask)
 
     @cached_property

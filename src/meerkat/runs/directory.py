@@ -147,7 +147,7 @@ def mask_of(directory: Path, header: Header) -> Mask:
     mask = load_mask(mask_path(directory), header.model)
     if mask.fingerprint != header.space:
         raise JournalError(
-            f"{directory / _MASK} is not the mask of this run ({mask.digest[:12]}, journal "
-            f"{header.mask[:12]}); put the run's own mask back"
+            f"{directory / _MASK} is not the mask of this run ({mask.fingerprint[:12]}, journal "
+            f"{header.space[:12]}); put the run's own mask back"
         )
     return mask

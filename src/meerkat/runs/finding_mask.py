@@ -28,7 +28,7 @@ from meerkat.spaces.mask_file import Mask, load_mask, save_mask
 from meerkat.spaces.sensitivity import concentration_of, gradient_at, sensitivity_scores
 from meerkat.transport.handshake import same_probe
 
-__all__ = ["FoundMask", "find_mask"]
+__all__ = ["FoundMask", "Sources", "find_mask"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FoundMask:
     path: Path | None = None
 
 
-class _Sources(Protocol):
+class Sources(Protocol):
     """What a mask may be found from; `assembly.Assembly`."""
 
     @property
@@ -55,7 +55,7 @@ class _Sources(Protocol):
     def client_texts(self) -> list[list[str]]: ...
 
 
-def find_mask(sources: _Sources) -> FoundMask:
+def find_mask(sources: Sources) -> FoundMask:
     """The mask of a recipe: its file, the cache, or a calibration.
 
     Raises:
@@ -103,7 +103,7 @@ def _check_same_model(mask: Mask, loaded: LoadedModel, path: Path) -> None:
         )
 
 
-def _cached(sources: _Sources) -> FoundMask:
+def _cached(sources: Sources) -> FoundMask:
     """The sensitivity mask, found again by model, corpus and settings."""
     section, loaded = sources.recipe.mask, sources.loaded
     settings = section.model_dump(mode="json", exclude={"file"})
@@ -121,7 +121,7 @@ def _cached(sources: _Sources) -> FoundMask:
     return FoundMask(mask, path)
 
 
-def _sensitive(sources: _Sources, texts: Sequence[str] | None) -> Mask:
+def _sensitive(sources: Sources, texts: Sequence[str] | None) -> Mask:
     """By pre-training gradients over the recipe's corpus, or these texts (method.md section 2)."""
     section, loaded, progress = sources.recipe.mask, sources.loaded, sources.progress
     parameters = eligible_parameters(loaded.model, section)

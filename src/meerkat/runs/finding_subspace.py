@@ -7,30 +7,28 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from functools import partial
-from string import Formatter
 from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
-from meerkat.config import Recipe
 from meerkat.config.sections import SubspaceSection
 from meerkat.data.corpus import corpus_texts
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import pack
-from meerkat.errors import DataError, MaskError, RecipeError
-from meerkat.models.loading import LoadedModel
+from meerkat.errors import DataError, RecipeError
 from meerkat.models.objective import TextObjective
-from meerkat.progress import Progress
+from meerkat.runs.finding_mask import Sources
 from meerkat.spaces.alignment import Scheme, score_gradients
+from meerkat.spaces.linear import subspace_of
 from meerkat.spaces.mask_file import Mask
-from meerkat.spaces.subspace import Subspace, subspace_of
+from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
 from meerkat.tasks import Example, Task
 from meerkat.zo.noise import NoiseKey, draw, permutation
 
-__all__ = ["find_subspace", "subspace_of_file"]
+__all__ = ["find_subspace"]
 
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
@@ -38,21 +36,13 @@ _POOL = 16
 """Sentences are drawn from at most this many times as many as are needed."""
 
 
-class _Sources(Protocol):
-    """What an `Assembly` has of this."""
+class _Sources(Sources, Protocol):
+    """What a subspace is found from beside that of a mask; `assembly.Assembly`."""
 
-    @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def loaded(self) -> LoadedModel: ...
     @property
     def task(self) -> Task: ...
     @property
     def encoder(self) -> Encoder: ...
-    @property
-    def objective(self) -> TextObjective: ...
-    @property
-    def progress(self) -> Progress: ...
 
 
 def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
@@ -67,9 +57,9 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Su
             draw(NoiseKey(section.seed, 2, 0, 0, j), mask.size) for j in range(section.dimensions)
         ]
         rows = np.stack(drawn) / np.float32(np.sqrt(mask.size))
-        about = {"settings": _settings(section)}
+        about = {"settings": settings_of(section)}
         return subspace_of("random", rows, np.ones(section.dimensions), about)
-    examples = public_examples(sources, section)
+    examples = _public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
     scheme = _scheme(section, len(sources.task.verbalizers))
     sources.progress.start("Finding the subspace", len(encoded))
@@ -94,35 +84,9 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Su
         "answers": json.dumps(sources.task.verbalizers),
         "texts": hashlib.sha256(content.encode()).hexdigest(),
         "score": scheme,
-        "settings": _settings(section),
+        "settings": settings_of(section),
     }
     return subspace_of("aligned", basis.rows, basis.curvature, about)
-
-
-def subspace_of_file(found: Subspace, section: SubspaceSection | None, task: Task) -> Subspace:
-    """The subspace that a mask file carries, if it is what a recipe asks for.
-
-    Raises:
-        MaskError: It was made with other settings, or for another prompt or other answers.
-    """
-    if section is None:
-        raise MaskError("the mask file holds a subspace; add [subspace], or take a mask without")
-    if found.about.get("settings") != _settings(section):
-        raise MaskError(
-            "the mask file holds a subspace that was made with other settings than [subspace] "
-            f"has ({found.about.get('settings')}); put those in the recipe, or take a mask without"
-        )
-    made_for = [found.about.get(name) for name in ("prompt", "answers")]
-    if found.kind == "aligned" and made_for != [task.prompt, json.dumps(task.verbalizers)]:
-        raise MaskError(
-            f"the mask file holds a subspace for the prompt {made_for[0]!r} and the answers "
-            f"{made_for[1]}, not for those of this task; take a mask without"
-        )
-    return found
-
-
-def _settings(section: SubspaceSection) -> str:
-    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
 
 
 def _scheme(section: SubspaceSection, answers: int) -> Scheme:
@@ -140,14 +104,14 @@ def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor
     return objective.scores(pack([example]).to(objective.device))[0]
 
 
-def public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
+def _public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
     """Sentences of the corpus as the fields of the task's prompt; they have no label."""
     corpus = section.corpus or sources.recipe.mask.corpus
-    texts_of = sources.recipe.mask.model_copy(update={"corpus": corpus})
-    names = sorted({name for _, name, *_ in Formatter().parse(sources.task.prompt) if name})
+    of_corpus = sources.recipe.mask.model_copy(update={"corpus": corpus})
+    names = sorted(set(sources.task.fields))
     needed = section.texts * len(names)
     pool: list[str] = []
-    for sentence in sentences(corpus_texts(texts_of)):
+    for sentence in _sentences(corpus_texts(of_corpus)):
         pool.append(sentence)
         if len(pool) >= needed * _POOL:
             break
@@ -163,7 +127,7 @@ def public_examples(sources: _Sources, section: SubspaceSection) -> list[Example
     ]
 
 
-def sentences(texts: Iterable[str]) -> Iterator[str]:
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Sentences of a few to some dozen words."""
     for text in texts:
         for sentence in re.split(r"(?<=[.!?。！？])\s+|\n+", text):

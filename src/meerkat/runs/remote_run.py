@@ -25,6 +25,7 @@ from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
 from meerkat.runs.lock import locked
 from meerkat.spaces.mask_file import Mask, load_mask, save_mask
+from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import resolve_task
 from meerkat.tasks.metrics import metric_names
 from meerkat.transport.base import Transport
@@ -62,6 +63,7 @@ def host(
 
     Raises:
         RunError: The directory holds another run, or too few clients are there.
+        MaskError: The mask's subspace is not what the recipe asks for.
         MeerkatError: See `driver.train`.
     """
     with locked(directory), ExitStack() as claim:
@@ -74,6 +76,7 @@ def host(
                 return summary
         make_algorithm(recipe, mask.dimensions)  # a wrong choice shows before any client joins
         task = resolve_task(recipe.task)
+        check_subspace(mask.subspace, recipe.subspace, task)
         metrics = metric_names(recipe.evaluation.metrics, task.has_classes)
         header = header_of(recipe, mask, task.verbalizers, *label_counts)
         proof = Proof(

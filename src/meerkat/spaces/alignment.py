@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +11,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.sensitivity import backward_passes
 
 __all__ = ["AnswerScores", "Scheme", "score_gradients"]
 
@@ -46,30 +46,21 @@ def score_gradients(
     rows = np.zeros((len(texts), mask.size), np.float32)
     ends = np.cumsum([len(i) for i in mask.indices])
     begins = dict(zip(mask.names, [0, *ends[:-1].tolist()], strict=True))
-    row = rows[0] if len(rows) else np.empty(0, np.float32)
+    done = 0
 
-    def collect(name: str, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        indices = where[name].to(parameter.device)
-        values = parameter.grad.reshape(-1)[indices].float().cpu().numpy()
-        row[begins[name] : begins[name] + len(values)] = values
-        parameter.grad = None
+    def collect(name: str, gradient: Tensor) -> None:
+        values = gradient.reshape(-1)[where[name].to(gradient.device)].float().cpu().numpy()
+        rows[done, begins[name] : begins[name] + len(values)] = values
 
-    handles = []
-    try:
-        for name, parameter in chosen.items():
-            parameter.requires_grad_(True)
-            handle = parameter.register_post_accumulate_grad_hook(partial(collect, name))
-            handles.append(handle)
-        for number, text in enumerate(texts):
-            row = rows[number]
-            _target(scores(text), scheme, draw).backward()
-            advance()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in chosen.values():
-            parameter.requires_grad_(False)
+    def next_text() -> None:
+        nonlocal done
+        done += 1
+        advance()
+
+    def target(text: object) -> Tensor:
+        return _target(scores(text), scheme, draw)
+
+    backward_passes(target, chosen, texts, collect, next_text)
     return rows
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
-from jaxtyping import Float32
+import torch
+from jaxtyping import Float32, Float64
 from torch import nn
 
 from meerkat.spaces.base import ParameterSpace
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.masked import MaskedSpace
-from meerkat.spaces.subspace import combined
+from meerkat.spaces.subspace import Subspace, combined
 from meerkat.zo.state import Theta
 
-__all__ = ["LinearSpace", "space_of"]
+__all__ = ["LinearSpace", "space_of", "subspace_of"]
 
 
 class LinearSpace:
@@ -50,3 +53,16 @@ def space_of(model: nn.Module, mask: Mask) -> ParameterSpace:
     if mask.subspace is None:
         return inner
     return LinearSpace(inner, mask.subspace.basis, mask.fingerprint)
+
+
+def subspace_of(
+    kind: str,
+    rows: Float32[np.ndarray, "k n"],
+    curvature: Float64[np.ndarray, " N"],
+    about: Mapping[str, str],
+) -> Subspace:
+    """A subspace from the rows of B: unit directions in bfloat16, and their lengths."""
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
+    unit = torch.from_numpy((rows / lengths[:, None]).astype(np.float32))
+    bits = unit.bfloat16().view(torch.uint16).numpy()
+    return Subspace(kind, bits, lengths.astype(np.float32), tuple(curvature.tolist()), about)

@@ -179,7 +179,7 @@ def load_mask(
                 arrays.get("initial"),
                 about["configuration"],
                 tuple(about["probe"]),
-                Subspace.read(about["subspace"], arrays),
+                Subspace.read(about.get("subspace"), arrays),
             )
         _check_form(mask)
         if _checksum(mask) != about["checksum"]:

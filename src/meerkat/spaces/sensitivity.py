@@ -1,11 +1,11 @@
-"""Corpus → scores and the pre-training gradient: the only backward passes of the method."""
+"""Corpus → scores and the pre-training gradient, by one backward pass a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from meerkat.config import MaskSection
 from meerkat.spaces.mask_file import Mask
 
-__all__ = ["Sensitivity", "concentration_of", "gradient_at", "sensitivity_scores"]
+__all__ = [
+    "Sensitivity",
+    "backward_passes",
+    "concentration_of",
+    "gradient_at",
+    "sensitivity_scores",
+]
 
 
 PretrainingLoss: TypeAlias = Callable[[Tensor], Tensor]
@@ -61,7 +67,7 @@ def sensitivity_scores(
         if wants_squares:
             squares[name].addcmul_(gradient, gradient)
 
-    losses = _backward(loss, parameters, batches, collect, advance)
+    losses = backward_passes(loss, parameters, batches, collect, advance)
     count = len(batches)
     for accumulator in (squares, sums):
         for tensor in accumulator.values():
@@ -90,14 +96,14 @@ def gradient_at(
         if name in sums:
             sums[name] += gradient.float().cpu().reshape(-1)[indices[name]]
 
-    _backward(loss, parameters, batches, collect, advance)
+    backward_passes(loss, parameters, batches, collect, advance)
     return torch.cat([total / len(batches) for total in sums.values()]).numpy()
 
 
-def _backward(
-    loss: PretrainingLoss,
+def backward_passes(
+    loss: Callable[[Any], Tensor],
     parameters: Mapping[str, nn.Parameter],
-    batches: Sequence[Tensor] | Tensor,
+    batches: Iterable[Any],
     collect: Callable[[str, Tensor], None],
     advance: Callable[[], None],
 ) -> tuple[float, ...]:

@@ -10,9 +10,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt16
+from jaxtyping import Float32, UInt16
 
-__all__ = ["Subspace", "bfloat16_bits", "combined", "subspace_of"]
+from meerkat.config.sections import SubspaceSection
+from meerkat.errors import MaskError
+from meerkat.tasks import Task
+
+__all__ = ["Subspace", "check_subspace", "combined", "settings_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,24 +87,39 @@ class Subspace:
         return digest.hexdigest()
 
 
-def subspace_of(
-    kind: str,
-    rows: Float32[np.ndarray, "k n"],
-    curvature: Float64[np.ndarray, " N"],
-    about: Mapping[str, str],
-) -> Subspace:
-    """A subspace from the rows of B: unit directions in bfloat16, and their lengths."""
-    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
-    unit = (rows / lengths[:, None]).astype(np.float32)
-    return Subspace(
-        kind, bfloat16_bits(unit), lengths.astype(np.float32), tuple(curvature.tolist()), about
-    )
+def check_subspace(found: Subspace | None, section: SubspaceSection | None, task: Task) -> None:
+    """Is what a mask file carries what a recipe asks for?
+
+    Raises:
+        MaskError: It has none, or one where none is asked for, or it was made with other settings
+            or for another prompt or other answers.
+    """
+    if section is None and found is None:
+        return
+    if found is None:
+        raise MaskError(
+            "the mask file holds no subspace, the recipe asks for one; make it with `meerkat "
+            "calibrate RECIPE --out FILE`"
+        )
+    if section is None:
+        raise MaskError("the mask file holds a subspace; add [subspace], or take a mask without")
+    made_with = found.about.get("settings")
+    if made_with != settings_of(section):
+        raise MaskError(
+            "the mask file holds a subspace that was made with other settings than [subspace] "
+            f"has ({made_with}); put those in the recipe, or take a mask without"
+        )
+    made_for = [found.about.get(name) for name in ("prompt", "answers")]
+    if found.kind == "aligned" and made_for != [task.prompt, json.dumps(task.verbalizers)]:
+        raise MaskError(
+            f"the mask file holds a subspace for the prompt {made_for[0]!r} and the answers "
+            f"{made_for[1]}, not for those of this task; take a mask without"
+        )
 
 
-def bfloat16_bits(values: Float32[np.ndarray, "k n"]) -> UInt16[np.ndarray, "k n"]:
-    """Each value rounded to the nearest bfloat16, ties to even."""
-    bits = values.view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def settings_of(section: SubspaceSection) -> str:
+    """A section as the text that a subspace made with it carries."""
+    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
 
 
 def combined(
