@@ -1058,13 +1058,13 @@ def damaged_mask(rng: Random, messages: list[bytes]) -> bytes:
 def claims(**changes: Any) -> bytes:
     """A small file that claims what it does not hold."""
     about = {"names": ["a"], "shapes": [[4]], "eligible": 4, "model": "m", "kind": "full"}
-    about |= {"concentration": None, "configuration": "", "probe": [], "checksum": "signed"}
-    about |= changes
-    header = {"__metadata__": {"format": "meerkat-mask-2", "mask": dumps(about)}}
+    about |= {"concentration": None, "configuration": "", "probe": [], "subspace": None}
+    about |= {"checksum": "signed"} | changes
+    header = {"__metadata__": {"format": "meerkat-mask-3", "mask": dumps(about)}}
     return whole(json.dumps(header), b"")
 
 
-FIRST = '{"__metadata__": {"format": "meerkat-mask-2", "mask": "'
+FIRST = '{"__metadata__": {"format": "meerkat-mask-3", "mask": "'
 TARGETS["load_mask"] = Target(
     load,
     st.builds(save, made_masks()),

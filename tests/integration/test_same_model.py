@@ -125,8 +125,9 @@ def test_a_mask_file_that_claims_too_much_takes_no_memory(tmp_path: Path) -> Non
         "checksum": "",
         "configuration": "",
         "probe": [],
+        "subspace": None,
     }
-    metadata = {"format": "meerkat-mask-2", "mask": json.dumps(about)}
+    metadata = {"format": "meerkat-mask-3", "mask": json.dumps(about)}
     save_file({"x": np.zeros(1, np.float32)}, path, metadata)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(MaskError, match="is not in the model"):

@@ -24,7 +24,7 @@ from meerkat.spaces.subspace import Subspace, combined
 
 __all__ = ["Mask", "check_format", "load_mask", "save_mask"]
 
-_FORMAT, _VERSION = "meerkat-mask", 2
+_FORMAT, _VERSION = "meerkat-mask", 3
 _INDEX_TYPES = (np.uint32, np.int64)
 _MOST_WHOLE = 2**33
 """Most coordinates, 64 GiB of indices, that a file may claim without listing them."""
@@ -179,7 +179,7 @@ def load_mask(
                 arrays.get("initial"),
                 about["configuration"],
                 tuple(about["probe"]),
-                Subspace.read(about.get("subspace"), arrays),
+                Subspace.read(about["subspace"], arrays),
             )
         _check_form(mask)
         if _checksum(mask) != about["checksum"]:
