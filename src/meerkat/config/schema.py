@@ -28,6 +28,9 @@ from meerkat.config.sections import (
 
 __all__ = ["Recipe"]
 
+_MOST_NUMBERS = 4096
+"""Numbers of a step that a report may have."""
+
 
 class Recipe(Section):
     """A whole run. `Recipe.fingerprint` names it."""
@@ -75,6 +78,7 @@ class Recipe(Section):
                 "a round samples; lower it"
             )
         self._check_selection()
+        self._check_exact()
         return self
 
     def _check_selection(self) -> None:
@@ -105,6 +109,47 @@ class Recipe(Section):
                     f"selection.{field} = {getattr(chosen, field)!r} needs paths to judge by; "
                     "set selection.kind = 'gradip'"
                 )
+
+    def _check_exact(self) -> None:
+        """Is there a subspace for exact gradients, of a size that a report may have?"""
+        optimizer, clients = self.optimizer, self.federation.clients
+        chosen, backward = optimizer.exact_clients, optimizer.estimator.kind == "backward"
+        if not (chosen or backward):
+            return
+        asked = f"optimizer.exact_clients = {chosen!r}"
+        if backward and chosen:
+            raise ValueError(
+                f"{asked} goes with another estimator: with optimizer.estimator = 'backward' all "
+                "clients report the exact gradient; leave it out"
+            )
+        if backward:
+            asked = "optimizer.estimator = 'backward'"
+        if self.subspace is None:
+            raise ValueError(
+                f"{asked} needs a subspace, whose k numbers of gradient are reported; add "
+                "[subspace], or take optimizer.estimator = 'two-point' for all clients"
+            )
+        if self.subspace.dimensions > _MOST_NUMBERS:
+            raise ValueError(
+                f"{asked} reports subspace.dimensions = {self.subspace.dimensions} numbers a "
+                f"step, and may at most {_MOST_NUMBERS}; lower it"
+            )
+        unknown = [client for client in chosen if isinstance(client, int) and client >= clients]
+        if unknown:
+            raise ValueError(
+                f"optimizer.exact_clients: {unknown[0]} is no client of federation.clients = "
+                f"{clients}, who are numbered from 0; leave it out"
+            )
+
+    @property
+    def numbers_per_step(self) -> int:
+        """Most numbers that a report of this run has for a local step."""
+        optimizer, drawn = self.optimizer, self.noise.perturbations
+        if self.subspace is None:
+            return drawn
+        if optimizer.estimator.kind == "backward":
+            return self.subspace.dimensions
+        return max(drawn, self.subspace.dimensions) if optimizer.exact_clients else drawn
 
     @property
     def epsilon(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,24 @@ class Schedule:
     def learning_rate(self, round: int) -> float:
         """η of a round, as the float32 that plan and log carry."""
         return learning_rate(self.optimizer, round, self.federation.rounds)
+
+    def exact_clients(self, able: Callable[[], Collection[int]] | None = None) -> Collection[int]:
+        """Clients that report the exact gradient (method.md section 9).
+
+        Args:
+            able: Gives the clients that can; all by default.
+        """
+        everyone, chosen = range(self.federation.clients), self.optimizer.exact_clients
+        if self.optimizer.estimator.kind == "backward":
+            return everyone
+        if chosen == "able":
+            return everyone if able is None else frozenset(able())
+        return frozenset(chosen)
+
+    @property
+    def must_be_exact(self) -> Collection[int]:
+        """Clients that can take part only if they can report the exact gradient."""
+        return () if self.optimizer.exact_clients == "able" else self.exact_clients()
 
     def is_calibration_round(self, round: int) -> bool:
         """Is this round the calibration of the clients, whose update is kept?"""
