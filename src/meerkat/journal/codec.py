@@ -66,6 +66,8 @@ def decode_updates(data: bytes) -> tuple[Update, ...]:
                 LogEntry(DirectionKey(*fields[:4]), fields[4])
                 for fields in _ENTRY.iter_unpack(data[place : place + count * _ENTRY.size])
             )
+            if len(entries) != count:
+                raise ValueError(f"updates of {len(data)} bytes do not hold {marked} entries")
             place += count * _ENTRY.size
             axes: tuple[float, ...] = ()
             if marked & _MARK:
@@ -74,7 +76,7 @@ def decode_updates(data: bytes) -> tuple[Update, ...]:
                 axes = struct.unpack(f"<{number}d", data[place - 8 * number : place])
         except struct.error as error:
             raise ValueError(f"updates of {len(data)} bytes: {error}") from None
-        if not (count or axes) or len(entries) != count:
+        if not (count or axes):
             raise ValueError(f"updates of {len(data)} bytes do not hold {count} entries")
         updates.append(Update(rate, entries, axes))
     return tuple(updates)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -134,18 +135,17 @@ def decode_updates(data: bytes) -> tuple[Update, ...]:
         head = _ENTRY.unpack_from(data, place)
         round, step, perturbation, flag, client, rate, coefficient = head
         place += _ENTRY.size
-        if flag not in (0, _LAST, _LAST | _ALL_AXES) or not (
-            math.isfinite(rate) and math.isfinite(coefficient)
-        ):
+        known = flag in (0, _LAST) or (flag == _LAST | _ALL_AXES and _is_of_axes(head))
+        if not (known and math.isfinite(rate) and math.isfinite(coefficient)):
             raise ProtocolError(
                 f"log entry of round {round}: its flag is {flag}, or a number is not finite"
             )
         rates.add((rate, math.copysign(1.0, rate)))  # 0.0 and -0.0 are equal, but two rates
         axes: tuple[float, ...] = ()
         if flag & _ALL_AXES:
-            others = data[place : place + AXIS_BYTES * (round - 1)] if round else b""
+            others = data[place : place + AXIS_BYTES * (round - 1)]
             place += len(others)
-            axes = (coefficient, *_axes(head, others))
+            axes = (coefficient, *_other_axes(round, others))
         else:
             entries.append(LogEntry(DirectionKey(round, step, perturbation, client), coefficient))
         if flag:
@@ -158,15 +158,19 @@ def decode_updates(data: bytes) -> tuple[Update, ...]:
     return tuple(updates)
 
 
-def _axes(head: tuple[float, ...], others: bytes) -> list[float]:
+def _is_of_axes(head: tuple[Any, ...]) -> bool:
+    """Has an entry what one of all axes has where others have their key?"""
+    count, step, perturbation, _, client, *_ = head
+    return count > 0 and (step, perturbation, client) == (0, 0, AXES)
+
+
+def _other_axes(count: int, others: bytes) -> list[float]:
     """The coefficients of an update along axes but the first.
 
     Raises:
-        ProtocolError: They are not as many as the entry says, or one is not finite, or the entry
-            has a key.
+        ProtocolError: They are not as many as the entry says, or one is not finite.
     """
-    count, *key = head[0], head[1], head[2], head[4]
-    if not count or key != [0, 0, AXES] or len(others) != AXIS_BYTES * (count - 1):
+    if len(others) != AXIS_BYTES * (count - 1):
         raise ProtocolError(f"{len(others)} bytes after a log entry do not hold its {count} axes")
     values = np.frombuffer(others, "<f8")
     if not np.isfinite(values).all():
