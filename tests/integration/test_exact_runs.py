@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import csv
+import gc
+import json
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from builders import merged
+import torch
+from builders import make_mask, make_text_examples, merged, tiny_model
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
 
 import meerkat
+from meerkat.cli import app
 from meerkat.config import parse_recipe
 from meerkat.federation.messages import ClientReport
 from meerkat.federation.rounds import RoundRecord
 from meerkat.federation.virtual_path import virtual_path
 from meerkat.journal import Journal, replay
 from meerkat.journal.records import RoundMetrics
+from meerkat.models.objective import TextObjective
 from meerkat.runs.directory import journal_path, mask_of
 from meerkat.runs.events import RunObserver
+from meerkat.spaces.masked import MaskedSpace
 from meerkat.zo.axes import axis_length
 
 K = 4
@@ -172,13 +184,20 @@ def test_gradip_reads_exact_and_drawn_paths(data: dict, tmp_path: Path) -> None:
 def test_a_run_with_exact_reports_is_exported(data: dict, tmp_path: Path) -> None:
     run(data, tmp_path / "run", **BACKWARD)
     meerkat.export(tmp_path / "run", tmp_path / "delta.safetensors", delta=True)
-    assert (tmp_path / "delta.safetensors").stat().st_size > 0
+    with closing(opened(tmp_path / "run")) as journal:
+        mask = mask_of(tmp_path / "run", journal.header)
+    expected = mask.weights(meerkat.replay(tmp_path / "run").theta)
+    assert np.array_equal(load_file(tmp_path / "delta.safetensors")["theta"], expected)
+    assert not np.array_equal(expected, mask.initial)
 
 
 def test_a_report_is_written_for_a_mixed_run(data: dict, tmp_path: Path) -> None:
     selection = {"kind": "gradip", "calibration_steps": 6}
     meerkat.run(parse_recipe(merged(data, **MIXED, selection=selection)), tmp_path / "run")
-    assert (tmp_path / "run/summary.json").exists()
+    assert (tmp_path / "run/report.html").stat().st_size > 10_000
+    for command in (["report"], ["gradip"], ["replay", "--audit"]):
+        done = CliRunner().invoke(app, [command[0], str(tmp_path / "run"), *command[1:]])
+        assert done.exit_code == 0, done.output
 
 
 def test_the_exact_gradient_learns_more_than_a_direction(data: dict, tmp_path: Path) -> None:
@@ -190,3 +209,73 @@ def test_the_exact_gradient_learns_more_than_a_direction(data: dict, tmp_path: P
         found = run(data, tmp_path / str(n), **sections)
         losses[name] = found["before"]["loss"] - found["after"]["loss"]
     assert losses["backward"] > max(losses["forward-mode"], 0)
+
+
+KILLED = """
+import os, signal, sys
+import meerkat
+from meerkat.config import load_recipe
+from meerkat.runs.events import RunObserver
+
+
+class Killer(RunObserver):
+    def round_closed(self, record, metrics):
+        if record.round == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+meerkat.run(load_recipe(sys.argv[1]), sys.argv[2], observers=[Killer()])
+"""
+
+
+@pytest.mark.slow
+def test_a_mixed_run_that_was_killed_has_the_same_result(data: dict, tmp_path: Path) -> None:
+    mixed = merged(data, **RULES["mixed, adam"])
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(mixed))
+    whole = run(mixed, tmp_path / "whole")
+    done = subprocess.run([sys.executable, "-c", KILLED, recipe, tmp_path / "run"])
+    assert done.returncode == -signal.SIGKILL
+    with closing(opened(tmp_path / "run")) as journal:
+        assert journal.rounds == 2
+    again = meerkat.resume(tmp_path / "run", observers=())
+    assert again["state_digest"] == whole["state_digest"]
+
+
+def test_activations_are_freed_part_by_part() -> None:
+    """A batch in many parts keeps the tensors of one: the memory that backward takes is bounded."""
+
+    def peak(tokens: int) -> int:
+        kept, largest = 0, 0
+        loaded = tiny_model("llama")
+        space = MaskedSpace(loaded.model, make_mask(loaded, 100))
+        objective = TextObjective(loaded, tokens)
+
+        def pack(tensor: torch.Tensor) -> _Kept:
+            nonlocal kept, largest
+            kept += tensor.nbytes
+            largest = max(largest, kept)
+            return _Kept(tensor, freed)
+
+        def freed(size: int) -> None:
+            nonlocal kept
+            kept -= size
+
+        examples = make_text_examples(40)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            space.gradient(objective.losses_with_graph(examples), 40)
+        gc.collect()
+        assert kept == 0
+        return largest
+
+    assert peak(60) < peak(10_000) / 3
+
+
+class _Kept:
+    """A tensor that autograd keeps for a backward pass; it tells when it is freed."""
+
+    def __init__(self, tensor: torch.Tensor, freed: Callable[[int], None]):
+        self.tensor, self._freed = tensor, freed
+
+    def __del__(self) -> None:
+        self._freed(self.tensor.nbytes)

@@ -435,6 +435,67 @@ def test_exact_reports_of_sessions_give_the_local_bits(
     same_evaluations(remote.out, tmp_path / "local")
 
 
+@pytest.mark.parametrize("by", ["log", "snapshot"])
+def test_a_late_client_gets_what_exact_reports_gave(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path, by: str
+) -> None:
+    """It starts anew within round 2: two updates along axes are as small as the state of Adam."""
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    chosen = {"estimator": "backward"} if by == "log" else {"exact_clients": [0]}
+    optimizer = {"rule": "adam", **chosen}
+    federation = {"local_steps": 1}
+    recipe = recipe_of(
+        tiny_recipe_data, subspace=subspace, optimizer=optimizer, federation=federation
+    )
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    nodes = [NodeConfig(number, gradients=True) for number in range(3)]
+    remote = RemoteRun(recipe, tmp_path / "remote", made, nodes)
+    done: list[int] = []
+
+    def restart(peer: int, frame: DownFrame) -> bool:
+        if peer != 11 or not isinstance(frame, Plan) or frame.plan.round != 2 or done:
+            return False
+        done.append(peer)
+        remote.peers.reconnect(peer)
+        return True
+
+    remote.before = restart
+    assert remote.run()["state_digest"] == local["state_digest"]
+    assert done
+    assert content(remote.out) == content(tmp_path / "local")
+    plans = [f.plan for p, f in remote.peers.sent if p == 11 and isinstance(f, Plan)]
+    again = next(plan for plan in reversed(plans) if plan.round == 2)
+    lacking = [len(update.axes) for update in again.updates]
+    assert (again.log_start, lacking) == ((0, [4, 4]) if by == "log" else (2, []))
+    snapshots = [f for p, f in remote.peers.sent if p == 11 and isinstance(f, Snapshot)]
+    assert bool(snapshots) == (by == "snapshot")
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["clients stay", "clients start anew"])
+@pytest.mark.parametrize("name", ["backward, adam", "mixed, gradip"])
+def test_interruptions_of_exact_runs_leave_no_trace(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path, name: str, anew: bool
+) -> None:
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    recipe = recipe_of(tiny_recipe_data, **merged(EXACT_RUNS[name], subspace=subspace))
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    nodes = [NodeConfig(number, gradients=True) for number in range(3)]
+    remote, failures = RemoteRun(recipe, tmp_path / "remote", made, nodes), 0
+    remote.cut_in = 13
+    while True:
+        with suppress(RunError):
+            summary = remote.run()
+            break
+        failures += 1
+        if anew:
+            new_process()
+    assert failures >= 1
+    assert content(remote.out) == content(tmp_path / "local")
+    assert summary["state_digest"] == local["state_digest"]
+
+
 def test_clients_that_are_able_report_the_exact_gradient(
     tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path
 ) -> None:
