@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, model_validator
 
+from meerkat.config.automatic import MOST_ORTHOGONAL, subspace_epsilon, subspace_rate
 from meerkat.config.sections import (
     Choice,
     Evaluation,
@@ -107,11 +108,38 @@ class Recipe(Section):
                 )
 
     @property
+    def noise_kind(self) -> Literal["gaussian", "rademacher", "orthogonal"]:
+        """The kind of direction after `auto`."""
+        if self.noise.kind != "auto":
+            return self.noise.kind
+        few = self.subspace is not None and self.subspace.dimensions <= MOST_ORTHOGONAL
+        return "orthogonal" if few and self.noise.keys.kind == "fresh" else "gaussian"
+
+    @property
+    def learning_rate(self) -> float:
+        """η after `auto` (method.md section 9, Units)."""
+        if self.optimizer.learning_rate != "auto":
+            return self.optimizer.learning_rate
+        if self.subspace is None:
+            return 1e-5
+        owners = 1 if self.noise.directions == "shared" else self.clients_per_round
+        return subspace_rate(self.subspace.dimensions, owners * self.noise.perturbations)
+
+    @property
+    def schedule(self) -> Literal["constant", "linear", "cosine"]:
+        """How η goes over the rounds, after `auto`."""
+        if self.optimizer.schedule != "auto":
+            return self.optimizer.schedule
+        return "constant" if self.subspace is None else "linear"
+
+    @property
     def epsilon(self) -> float:
-        """ε after `auto` (method.md section 3, Precision)."""
-        if self.optimizer.epsilon == "auto":
-            return 1e-3 if self.model.dtype == "float32" else 3e-3
-        return self.optimizer.epsilon
+        """ε after `auto` (method.md section 3, Precision, and section 9, Units)."""
+        if self.optimizer.epsilon != "auto":
+            return self.optimizer.epsilon
+        if self.subspace is not None:
+            return subspace_epsilon(self.subspace.dimensions)
+        return 1e-3 if self.model.dtype == "float32" else 3e-3
 
     @property
     def clients_per_round(self) -> int:
@@ -125,9 +153,17 @@ class Recipe(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what a run computes."""
-        science = self.model_dump(mode="json", exclude={"runtime", "network"})
+        science = self.resolved.model_dump(mode="json", exclude={"runtime", "network"})
         content = json.dumps(_without_neutral(type(self), science), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def resolved(self) -> Recipe:
+        """The same run with what `auto` means written out; ε stays, it names no other run."""
+        rate: dict[str, Any] = {"learning_rate": self.learning_rate, "schedule": self.schedule}
+        optimizer = self.optimizer.model_copy(update=rate)
+        noise = self.noise.model_copy(update={"kind": self.noise_kind})
+        return self.model_copy(update={"optimizer": optimizer, "noise": noise})
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)

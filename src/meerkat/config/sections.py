@@ -218,18 +218,23 @@ class Optimizer(Section):
     estimator: Annotated[Choice, Neutral("two-point")] = Choice(kind="two-point")
     """From losses to coefficients: `two-point` (the method), `one-sided` or `one-sided-mean`; see
     `zo.estimators`."""
-    learning_rate: Positive = 1e-5
-    """Learning rate η. The default is what learned best with a sensitivity mask where it was
-    measured (docs/experiments.md); 1e-4 diverged there."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How η goes over the rounds; linear and cosine end at zero after the last."""
+    learning_rate: Literal["auto"] | Positive = "auto"
+    """Learning rate η. `auto` is 1e-5, what learned best with a sensitivity mask where it was
+    measured (docs/experiments.md; 1e-4 diverged there); in a subspace it follows from its
+    dimensions and from the directions of a round (method.md section 9)."""
+    schedule: Literal["auto", "constant", "linear", "cosine"] = "auto"
+    """How η goes over the rounds; linear and cosine end at zero after the last. `auto` is linear in
+    a subspace, constant elsewhere."""
     epsilon: Literal["auto"] | Positive = "auto"
-    """Perturbation size ε; `auto` is 1e-3 in float32 and 3e-3 in bfloat16."""
+    """Perturbation size ε; `auto` is 1e-3 in float32 and 3e-3 in bfloat16, and in a subspace 0.6 by
+    the root of its dimensions."""
 
 
 class Noise(Section):
-    kind: Literal["gaussian", "rademacher"] = "gaussian"
-    """Distribution of z."""
+    kind: Literal["auto", "gaussian", "rademacher", "orthogonal"] = "auto"
+    """Distribution of z; `orthogonal` is for a subspace: directions that are orthogonal in blocks,
+    so that each dimension is measured equally often. `auto` is that in a subspace, `gaussian`
+    elsewhere."""
     directions: Literal["shared", "per-client"] = "shared"
     """One z for all clients of a step, or one for each client."""
     perturbations: Annotated[int, Field(ge=1, lt=2**8)] = 1
