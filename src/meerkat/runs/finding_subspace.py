@@ -6,23 +6,25 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
-from meerkat.config.sections import SubspaceSection
+from meerkat.config.sections import MaskSection, SubspaceSection
 from meerkat.data.corpus import corpus_texts
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import pack
 from meerkat.errors import DataError, RecipeError
 from meerkat.models.objective import TextObjective
-from meerkat.runs.finding_mask import Sources
+from meerkat.runs.finding_mask import FoundMask, Sources
+from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
 from meerkat.spaces.alignment import Scheme, score_gradients
 from meerkat.spaces.linear import subspace_of
-from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
 from meerkat.tasks import Example, Task
@@ -30,6 +32,8 @@ from meerkat.zo.noise import NoiseKey, draw, permutation
 
 __all__ = ["find_subspace"]
 
+_METHOD = 1
+"""Raised when the same settings give other bits than before, so that what is cached is not used."""
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
 _POOL = 16
@@ -45,20 +49,51 @@ class _Sources(Sources, Protocol):
     def encoder(self) -> Encoder: ...
 
 
-def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
-    """The directions within a mask that a recipe asks for.
+def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> FoundMask:
+    """A mask with the directions within it that a recipe asks for: from the cache, or made.
 
     Raises:
         DataError: The corpus cannot be read, or has too few sentences.
         RecipeError: There are fewer directions than `subspace.dimensions`.
     """
     if section.kind == "random":
-        drawn = [
-            draw(NoiseKey(section.seed, 2, 0, 0, j), mask.size) for j in range(section.dimensions)
-        ]
-        rows = np.stack(drawn) / np.float32(np.sqrt(mask.size))
-        about = {"settings": settings_of(section)}
-        return subspace_of("random", rows, np.ones(section.dimensions), about)
+        return FoundMask(replace(mask, subspace=_random(mask, section)))
+    path = cache_path(sources.recipe.runtime, "subspaces", _fixed_by(sources, mask, section))
+    kept = read_cached(path, sources.loaded.fingerprint)
+    if kept is not None:
+        return FoundMask(replace(mask, subspace=kept.subspace), path)
+    mask = replace(mask, subspace=_aligned(sources, mask, section))
+    save_mask(mask, path)
+    return FoundMask(mask, path)
+
+
+def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:
+    """All that the bits of an aligned subspace, and of the mask's file with it, follow from."""
+    loaded, task, of_corpus = sources.loaded, sources.task, _corpus_of(sources, section)
+    gradient = b"" if mask.gradient is None else mask.gradient.tobytes()
+    return {
+        "method": _METHOD,
+        "model": [loaded.fingerprint, loaded.configuration],
+        "mask": [mask.digest, mask.kind, hashlib.sha256(gradient).hexdigest()],
+        "task": [task.prompt, task.verbalizers, task.cut_field, sources.encoder.max_length],
+        "corpus": of_corpus.model_dump(
+            mode="json",
+            include={"corpus", "corpus_config", "corpus_split", "corpus_column", "seed"},
+        ),
+        "files": corpus_digests(of_corpus.corpus),
+        "settings": settings_of(section),
+    }
+
+
+def _random(mask: Mask, section: SubspaceSection) -> Subspace:
+    drawn = [draw(NoiseKey(section.seed, 2, 0, 0, j), mask.size) for j in range(section.dimensions)]
+    rows = np.stack(drawn) / np.float32(np.sqrt(mask.size))
+    about = {"settings": settings_of(section)}
+    return subspace_of("random", rows, np.ones(section.dimensions), about)
+
+
+def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
+    """From the gradients of the model's own answers to public texts."""
     examples = _public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
     scheme = _scheme(section, len(sources.task.verbalizers))
@@ -104,10 +139,15 @@ def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor
     return objective.scores(pack([example]).to(objective.device))[0]
 
 
+def _corpus_of(sources: _Sources, section: SubspaceSection) -> MaskSection:
+    """The mask's section with the corpus that a subspace is made from."""
+    corpus = section.corpus or sources.recipe.mask.corpus
+    return sources.recipe.mask.model_copy(update={"corpus": corpus})
+
+
 def _public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
     """Sentences of the corpus as the fields of the task's prompt; they have no label."""
-    corpus = section.corpus or sources.recipe.mask.corpus
-    of_corpus = sources.recipe.mask.model_copy(update={"corpus": corpus})
+    of_corpus = _corpus_of(sources, section)
     names = sorted(set(sources.task.fields))
     needed = section.texts * len(names)
     pool: list[str] = []
@@ -117,8 +157,8 @@ def _public_examples(sources: _Sources, section: SubspaceSection) -> list[Exampl
             break
     if len(pool) < needed:
         raise DataError(
-            f"subspace.corpus = {corpus!r} has {len(pool)} sentences of {_SHORTEST} to {_LONGEST} "
-            f"words, {needed} are needed; lower subspace.texts"
+            f"subspace.corpus = {of_corpus.corpus!r} has {len(pool)} sentences of {_SHORTEST} to "
+            f"{_LONGEST} words, {needed} are needed; lower subspace.texts"
         )
     chosen = permutation(section.seed, (2, 1), len(pool))[:needed].reshape(section.texts, -1)
     return [
