@@ -239,6 +239,7 @@ def _cost(run: Run) -> list[Fact]:
             f"{header.mask_size:,}",
             f"{100 * share:.3g} % of {header.eligible:,} eligible",
         ),
+        *_within(run),
         ("Time", duration(run.seconds), f"in rounds; {duration(evaluating)} in evaluations"),
     ]
 
@@ -249,6 +250,13 @@ def _stopped(run: Run) -> list[Fact]:
     which = run.stopping.last.flagged
     count = f"{len(which):,} of {plural(run.clients, 'client')}"
     return [("Stopped early", count, listed(which, _LISTED) or "nobody is extreme")]
+
+
+def _within(run: Run) -> list[Fact]:
+    kind = run.recipe.get("subspace.kind")
+    if kind is None:
+        return []
+    return [("Directions of the subspace", f"{run.header.size:,}", f"numbers that move; {kind}")]
 
 
 def _bytes(count: float) -> str:
