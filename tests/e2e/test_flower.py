@@ -8,23 +8,18 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import ENVIRONMENT, Cluster, free_port, running, wait_until
 from commands import meerkat_process, toml_of
+from flower_runs import MANY, ROOT, finished, nodes_of, rounds_of
 
 import meerkat
-from meerkat.journal import Journal
 
 pytest.importorskip("flwr")
 from meerkat.flower.serving import logged_to
-
-ROOT = Path(__file__).parents[2]
-MANY = 150
-"""Rounds that take a few seconds on any machine."""
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +38,6 @@ def trial(
     summary = meerkat.run(recipe, out=folder / "local")
     cache = data["runtime"]["cache_dir"]
     return {"recipe": recipe, "mask": mask, "data": folders, "local": summary, "cache": cache}
-
-
-def nodes_of(cluster: Cluster, trial: dict[str, Any], **others: object) -> None:
-    """Two SuperNodes, each with a folder that only its own configuration names."""
-    for number, folder in enumerate(trial["data"]):
-        config = {"partition-id": number, "num-partitions": 2, "data": str(folder), "threads": 1}
-        config["allow-models"] = "*/tiny-llama"
-        cluster.start_node(number, {**config, **others})
-
-
-def finished(cluster: Cluster, run: int, out: Path, timeout: float = 480) -> dict[str, Any]:
-    status = cluster.wait(run, timeout)
-    assert status == "finished:completed", cluster.log(run)
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    return summary
-
-
-def rounds_of(directory: Path) -> int:
-    """Rounds in a journal that somebody else is writing."""
-    if not Journal.exists(directory / "journal.sqlite"):
-        return 0
-    with closing(Journal.open(directory / "journal.sqlite")) as journal:
-        return journal.rounds
 
 
 def test_the_server_log_has_each_line_once_whichever_run_writes_it(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def read_gradip(directory: Path, to: Path | None, clients: Collection[int]) -> G
     with closing(open_journal(directory)) as journal:
         header = journal.header
         window = header.parsed.selection.later_window
-        gradient = mask_of(directory, header).gradient
+        gradient = mask_of(directory, header).direction_gradient
         if gradient is None:
             raise MaskError(
                 f"{mask_path(directory)}: a {header.mask_kind} mask keeps no pre-training "
