@@ -27,7 +27,7 @@ from meerkat.config.sections import (
     TaskSection,
 )
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "without_neutral"]
 
 
 class Recipe(Section):
@@ -154,7 +154,7 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what a run computes."""
         science = self.resolved.model_dump(mode="json", exclude={"runtime", "network"})
-        content = json.dumps(_without_neutral(type(self), science), sort_keys=True)
+        content = json.dumps(without_neutral(type(self), science), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
@@ -169,7 +169,7 @@ class Recipe(Section):
         return self.model_dump_json(indent=2)
 
 
-def _without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[str, Any]:
+def without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[str, Any]:
     """What a section was dumped to, less the later fields that have their neutral values."""
     kept = {}
     for name, field in section.model_fields.items():
@@ -179,6 +179,6 @@ def _without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[s
         if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
             continue
         if isinstance(kind, type) and issubclass(kind, Section) and kind is not Choice:
-            value = _without_neutral(kind, value)
+            value = without_neutral(kind, value)
         kept[name] = value
     return kept

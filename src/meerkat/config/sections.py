@@ -132,6 +132,8 @@ class SubspaceSection(Section):
     """Whose gradient a text gives: the difference of two answers' scores (`auto` where there are
     two), the log-probability of an answer that the model or a die draws (`sampled`, `uniform`), or
     a random combination of all answers' scores (`mixed`, `auto` where there are more)."""
+    answer_tokens: Annotated[Count, Neutral(16)] = 16
+    """Most tokens of an answer that the model draws, in a task of free text."""
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """δ, as a share of the largest curvature."""
     power: Annotated[float, Field(ge=0, le=1)] = 0.5

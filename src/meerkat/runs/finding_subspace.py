@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -19,10 +21,12 @@ from meerkat.data.corpus import corpus_texts
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import pack
 from meerkat.errors import DataError, RecipeError
+from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
 from meerkat.runs.finding_mask import FoundMask, Sources
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
 from meerkat.spaces.alignment import Scheme, score_gradients
+from meerkat.spaces.answers import drawn_answer
 from meerkat.spaces.linear import subspace_of
 from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.subspace import Subspace, settings_of
@@ -82,6 +86,7 @@ def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[s
         ),
         "files": corpus_digests(of_corpus.corpus),
         "settings": settings_of(section),
+        "ends": [] if task.has_classes else sorted(_ends(loaded)),
     }
 
 
@@ -96,10 +101,12 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
     """From the gradients of the model's own answers to public texts."""
     examples = _public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
-    scheme = _scheme(section, len(sources.task.verbalizers))
+    scheme, objective = _scheme(section, len(sources.task.verbalizers)), sources.objective
+    if not sources.task.has_classes:
+        encoded = _with_answers(sources, encoded, section)
     sources.progress.start("Finding the subspace", len(encoded))
     scores = score_gradients(
-        partial(_answer_scores, sources.objective),
+        partial(_answer_scores, objective),
         dict(sources.loaded.model.named_parameters()),
         encoded,
         mask,
@@ -118,15 +125,23 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
         "prompt": sources.task.prompt,
         "answers": json.dumps(sources.task.verbalizers),
         "texts": hashlib.sha256(content.encode()).hexdigest(),
-        "score": scheme,
+        "score": "sampled" if scheme == "given" else scheme,
         "settings": settings_of(section),
     }
     return subspace_of("aligned", basis.rows, basis.curvature, about)
 
 
 def _scheme(section: SubspaceSection, answers: int) -> Scheme:
+    """Which scores; a task of free text has no list of answers, so its answers are drawn before."""
+    if not answers:
+        if section.score not in ("auto", "sampled"):
+            raise RecipeError(
+                f"subspace.score = {section.score!r} goes through a list of answers, which a task "
+                "of free text has not; take 'sampled'"
+            )
+        return "given"
     if section.score == "auto":
-        return "difference" if answers == 2 else "mixed" if answers > 2 else "sampled"
+        return "difference" if answers == 2 else "mixed"
     if section.score == "difference" and answers != 2:
         raise RecipeError(
             f"subspace.score = 'difference' is for two answers, the task has "
@@ -136,7 +151,38 @@ def _scheme(section: SubspaceSection, answers: int) -> Scheme:
 
 
 def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor, " A"]:
-    return objective.scores(pack([example]).to(objective.device))[0]
+    """Score of each answer; a drawn answer's times √T, T its tokens.
+
+    The loss of free text is a mean over T tokens, whose curvature is a T-th of the sum of theirs;
+    that of a mean score would be a T²-th, since scores of drawn tokens do not depend on each other.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        found = objective.scores(pack([example]).to(objective.device))[0]
+    return found * math.sqrt(len(example.answers[0])) if len(example.answers) == 1 else found
+
+
+def _with_answers(
+    sources: _Sources, encoded: Sequence[Encoded], section: SubspaceSection
+) -> list[Encoded]:
+    """Each prompt with one answer that the model draws."""
+    model, ends = sources.loaded.model, _ends(sources.loaded)
+    generator = np.random.Generator(np.random.Philox(section.seed))
+    sources.progress.start("Drawing answers", len(encoded))
+    found = []
+    for example in encoded:
+        room = max(1, sources.encoder.max_length - len(example.prompt) + 1)
+        most = min(section.answer_tokens, room)
+        answer = drawn_answer(model, example.prompt, most, ends, generator)
+        found.append(Encoded(example.prompt, (answer,), 0))
+        sources.progress.advance()
+    return found
+
+
+def _ends(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that end a text, by the tokenizer and by the model's own settings."""
+    listed = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    every = [loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    return frozenset(token for token in every if token is not None)
 
 
 def _corpus_of(sources: _Sources, section: SubspaceSection) -> MaskSection:
