@@ -10,6 +10,7 @@ from torch import Tensor
 from meerkat.data.encoding import Encoded
 from meerkat.data.packing import PackedBatch, pack
 from meerkat.models.objective import TextObjective
+from meerkat.spaces.alignment import Scheme, packed_score_gradients, score_gradients
 from meerkat.spaces.example_gradients import example_gradients, has_example_gradients
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import backward_passes
@@ -86,3 +87,35 @@ def test_weights_that_are_not_of_one_linear_layer() -> None:
         assert not has_example_gradients(model, mask(name))
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
     assert not has_example_gradients(model, mask(good))
+
+
+@pytest.mark.parametrize("scheme", ["difference", "sampled", "uniform", "mixed"])
+def test_scores_of_packed_texts_are_those_of_each_text(scheme: Scheme) -> None:
+    """The same draws in the same order, whatever the batches."""
+    loaded = tiny_model("gemma3")
+    objective = TextObjective(loaded, 4096)
+    mask, examples = make_mask(loaded, 200), make_text_examples(9)
+    if scheme == "difference":
+        examples = [Encoded(e.prompt, e.answers[:2], 0) for e in examples]
+    one_by_one = score_gradients(
+        lambda example: objective.scores(pack([example]))[0],
+        dict(loaded.model.named_parameters()),
+        examples,
+        mask,
+        scheme,
+        seed=5,
+    )
+    calls: list[None] = []
+    packed = packed_score_gradients(
+        objective.scores,
+        loaded.model,
+        [pack(examples[:2]), pack(examples[2:])],
+        9,
+        mask,
+        scheme,
+        seed=5,
+        advance=lambda: calls.append(None),
+    )
+    assert len(calls) == 9
+    limit = 1e-5 * np.abs(one_by_one).max()
+    np.testing.assert_allclose(packed, one_by_one, rtol=1e-3, atol=limit)

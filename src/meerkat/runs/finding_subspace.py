@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -19,14 +18,15 @@ from torch import Tensor
 from meerkat.config.sections import MaskSection, SubspaceSection
 from meerkat.data.corpus import corpus_texts
 from meerkat.data.encoding import Encoded, Encoder
-from meerkat.data.packing import pack
+from meerkat.data.packing import PackedBatch, pack
 from meerkat.errors import DataError, RecipeError
 from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
 from meerkat.runs.finding_mask import FoundMask, Sources
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
-from meerkat.spaces.alignment import Scheme, score_gradients
+from meerkat.spaces.alignment import Scheme, packed_score_gradients, score_gradients
 from meerkat.spaces.answers import drawn_answer
+from meerkat.spaces.example_gradients import has_example_gradients
 from meerkat.spaces.linear import subspace_of
 from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.subspace import Subspace, settings_of
@@ -36,10 +36,12 @@ from meerkat.zo.noise import NoiseKey, draw, permutation
 
 __all__ = ["find_subspace"]
 
-_METHOD = 1
+_METHOD = 2
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
+_TOGETHER = 16
+"""Texts of one backward pass."""
 _POOL = 16
 """Sentences are drawn from at most this many times as many as are needed."""
 
@@ -101,19 +103,11 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
     """From the gradients of the model's own answers to public texts."""
     examples = _public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
-    scheme, objective = _scheme(section, len(sources.task.verbalizers)), sources.objective
+    scheme = _scheme(section, len(sources.task.verbalizers))
     if not sources.task.has_classes:
         encoded = _with_answers(sources, encoded, section)
     sources.progress.start("Finding the subspace", len(encoded))
-    scores = score_gradients(
-        partial(_answer_scores, objective),
-        dict(sources.loaded.model.named_parameters()),
-        encoded,
-        mask,
-        scheme,
-        section.seed,
-        sources.progress.advance,
-    )
+    scores = _score_gradients(sources, encoded, mask, scheme, section.seed)
     try:
         basis = whitened(scores, section.dimensions, section.damping, section.power)
     except ValueError as error:
@@ -150,15 +144,43 @@ def _scheme(section: SubspaceSection, answers: int) -> Scheme:
     return section.score
 
 
+def _score_gradients(
+    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, scheme: Scheme, seed: int
+) -> Float32[np.ndarray, "N n"]:
+    """Many texts in a backward pass where the mask allows it, else one."""
+    model, objective = sources.loaded.model, sources.objective
+    advance = sources.progress.advance
+    if has_example_gradients(model, mask):
+        batches = (
+            batch
+            for begin in range(0, len(encoded), _TOGETHER)
+            for batch in objective.packs(encoded[begin : begin + _TOGETHER])
+        )
+        scores = partial(_packed_scores, objective)
+        return packed_score_gradients(
+            scores, model, batches, len(encoded), mask, scheme, seed, advance
+        )
+    of_one = partial(_answer_scores, objective)
+    parameters = dict(model.named_parameters())
+    return score_gradients(of_one, parameters, encoded, mask, scheme, seed, advance)
+
+
 def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor, " A"]:
+    return _packed_scores(objective, pack([example]))[0]
+
+
+def _packed_scores(objective: TextObjective, batch: PackedBatch) -> Float32[Tensor, "S A"]:
     """Score of each answer; a drawn answer's times √T, T its tokens.
 
     The loss of free text is a mean over T tokens, whose curvature is a T-th of the sum of theirs;
     that of a mean score would be a T²-th, since scores of drawn tokens do not depend on each other.
     """
+    moved = batch.to(objective.device)
     with torch.compiler.set_stance("force_eager"):
-        found = objective.scores(pack([example]).to(objective.device))[0]
-    return found * math.sqrt(len(example.answers[0])) if len(example.answers) == 1 else found
+        found = objective.scores(moved)
+    if batch.answers == 1:
+        return found * moved.answer.bincount(minlength=batch.examples).sqrt()[:, None]
+    return found
 
 
 def _with_answers(

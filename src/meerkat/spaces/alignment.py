@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -11,13 +11,23 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from meerkat.data.packing import PackedBatch
+from meerkat.spaces.example_gradients import example_gradients
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import backward_passes
 
-__all__ = ["AnswerScores", "Scheme", "score_gradients"]
+__all__ = [
+    "AnswerScores",
+    "PackedScores",
+    "Scheme",
+    "packed_score_gradients",
+    "score_gradients",
+]
 
 AnswerScores: TypeAlias = Callable[[Any], Float32[Tensor, " A"]]
 """A text in its prompt → the score of each answer, with the graph for a backward pass."""
+PackedScores: TypeAlias = Callable[[PackedBatch], Float32[Tensor, "S A"]]
+"""The same for a batch of texts."""
 Scheme: TypeAlias = Literal["sampled", "uniform", "difference", "mixed", "given"]
 
 _IN_MEMORY = 2**30
@@ -48,7 +58,7 @@ def score_gradients(
     Raises:
         ValueError: `difference` without two answers, or `given` without one.
     """
-    draw = np.random.Generator(np.random.Philox(seed))
+    draw = _draws(seed)
     chosen = {name: parameters[name] for name in mask.names}
     where = {name: torch.from_numpy(i) for name, i in zip(mask.names, mask.indices, strict=True)}
     rows = _room(len(texts), mask.size)
@@ -70,6 +80,43 @@ def score_gradients(
 
     backward_passes(target, chosen, texts, collect, next_text)
     return rows
+
+
+def packed_score_gradients(
+    scores: PackedScores,
+    model: nn.Module,
+    batches: Iterable[PackedBatch],
+    count: int,
+    mask: Mask,
+    scheme: Scheme,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Float32[np.ndarray, "N n"]:
+    """As `score_gradients`, by one backward pass of activations for a batch of texts.
+
+    Args:
+        model: One that `has_example_gradients` for this mask.
+        count: N, texts of all batches.
+        advance: Called once for each text.
+
+    Raises:
+        ValueError: As `score_gradients`.
+    """
+    draw, rows, done = _draws(seed), _room(count, mask.size), 0
+
+    def targets(batch: PackedBatch) -> Tensor:
+        return torch.stack([_target(found, scheme, draw) for found in scores(batch)])
+
+    for part in example_gradients(model, mask, batches, targets):
+        rows[done : done + len(part)] = part
+        done += len(part)
+        for _ in part:
+            advance()
+    return rows
+
+
+def _draws(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
 
 
 def _room(count: int, size: int) -> Float32[np.ndarray, "N n"]:
