@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -234,13 +235,22 @@ print("killed", len(calls))
 
 
 @pytest.mark.slow
-def test_ten_kills_and_the_same_result(tiny_recipe_data: dict, tmp_path: Path) -> None:
-    """Kill -9 at ten random moments, from before the journal exists to the last rounds."""
+@pytest.mark.parametrize("kind", [None, "aligned", "random"])
+def test_ten_kills_and_the_same_result(
+    tiny_recipe_data: dict, sentences_file: Path, tmp_path: Path, kind: str | None
+) -> None:
+    """Kill -9 at ten random moments, from before the journal exists to the last rounds.
+
+    Over the whole mask, or in a subspace of either kind.
+    """
     data = merged(
         tiny_recipe_data,
         federation={"rounds": 60, "clients_per_round": 2},
         evaluation={"every": 7},
     )
+    if kind is not None:
+        section = {"kind": kind, "dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+        data = merged(data, subspace=section, optimizer={"learning_rate": 0.1, "epsilon": 0.1})
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(toml_of(data))
     whole, out = tmp_path / "whole", tmp_path / "killed"
@@ -260,6 +270,62 @@ def test_ten_kills_and_the_same_result(tiny_recipe_data: dict, tmp_path: Path) -
     for moment in ("before", "after"):
         assert first.pop(moment) == pytest.approx(second.pop(moment))
     assert first == second
+
+
+KILLED_MAKING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from meerkat.cli import app
+
+moment, *command = sys.argv[1:]
+backward, replace, calls = torch.Tensor.backward, Path.replace, 0
+
+
+def scored(*arguments, **options):
+    global calls
+    calls += 1
+    if moment == "scoring" and calls == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return backward(*arguments, **options)
+
+
+def kept(self, target):
+    if moment == "keeping" and "subspaces" in str(target):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+
+torch.Tensor.backward, Path.replace = scored, kept
+app(command)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["scoring", "keeping"])
+def test_a_kill_while_the_subspace_is_made(
+    tiny_recipe_data: dict, sentences_file: Path, tmp_path: Path, moment: str
+) -> None:
+    """Half-way through the texts, or when its file is written and not yet in its place."""
+    data = merged(
+        tiny_recipe_data,
+        mask={"kind": "random"},
+        subspace={"dimensions": 4, "texts": 12, "corpus": str(sentences_file)},
+        optimizer={"learning_rate": 0.1, "epsilon": 0.1},
+        runtime={"cache_dir": str(tmp_path / "cache")},
+    )
+    recipe, out = tmp_path / "tiny.toml", tmp_path / "killed"
+    recipe.write_text(toml_of(data))
+    command = ["run", str(recipe), "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", KILLED_MAKING, moment, *command])
+    assert done.returncode == -signal.SIGKILL
+    assert not list((tmp_path / "cache/subspaces").glob("*.safetensors"))
+    assert not (out / "journal.sqlite").exists()
+    assert invoke("resume", out).exit_code == 0
+    assert invoke("run", recipe, "--out", tmp_path / "whole").exit_code == 0
+    found, whole = (meerkat.replay(path).digest for path in (out, tmp_path / "whole"))
+    assert found == whole
+    assert len(list((tmp_path / "cache/subspaces").glob("*.safetensors"))) == 1
 
 
 def test_a_directory_with_another_run_is_refused(recipe_file: Path, tmp_path: Path) -> None:

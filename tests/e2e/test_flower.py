@@ -8,23 +8,18 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import ENVIRONMENT, Cluster, free_port, running, wait_until
 from commands import meerkat_process, toml_of
+from flower_runs import MANY, ROOT, finished, nodes_of, rounds_of, start_node
 
 import meerkat
-from meerkat.journal import Journal
 
 pytest.importorskip("flwr")
 from meerkat.flower.serving import logged_to
-
-ROOT = Path(__file__).parents[2]
-MANY = 150
-"""Rounds that take a few seconds on any machine."""
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +38,6 @@ def trial(
     summary = meerkat.run(recipe, out=folder / "local")
     cache = data["runtime"]["cache_dir"]
     return {"recipe": recipe, "mask": mask, "data": folders, "local": summary, "cache": cache}
-
-
-def nodes_of(
-    cluster: Cluster, trial: dict[str, Any], able: tuple[int, ...] = (), **others: object
-) -> None:
-    """Two SuperNodes, each with a folder that only its own configuration names.
-
-    Args:
-        able: Those that may report the exact gradient.
-    """
-    for number, folder in enumerate(trial["data"]):
-        config = {"partition-id": number, "num-partitions": 2, "data": str(folder), "threads": 1}
-        config["allow-models"] = "*/tiny-llama"
-        if number in able:
-            config["gradients"] = True
-        cluster.start_node(number, {**config, **others})
-
-
-def finished(cluster: Cluster, run: int, out: Path, timeout: float = 480) -> dict[str, Any]:
-    status = cluster.wait(run, timeout)
-    assert status == "finished:completed", cluster.log(run)
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    return summary
-
-
-def rounds_of(directory: Path) -> int:
-    """Rounds in a journal that somebody else is writing."""
-    if not Journal.exists(directory / "journal.sqlite"):
-        return 0
-    with closing(Journal.open(directory / "journal.sqlite")) as journal:
-        return journal.rounds
 
 
 def test_the_server_log_has_each_line_once_whichever_run_writes_it(tmp_path: Path) -> None:
@@ -216,7 +180,8 @@ def test_mixed_runs_have_the_local_bits_simulated_and_deployed(
     config = {"recipe": str(recipe), "mask": str(mask), "out": str(out)}
     with Cluster(tmp_path, environment=environment) as cluster:
         config["network.listen"] = f"127.0.0.1:{free_port()}"
-        nodes_of(cluster, trial, able=(1,))
+        start_node(cluster, trial, 0)
+        start_node(cluster, trial, 1, gradients=True)
         summary = finished(cluster, cluster.run(ROOT, config), out)
     assert summary["state_digest"] == local["state_digest"]
 

@@ -141,7 +141,7 @@ def test_virtual_paths_start_and_end_where_the_round_does(
 ) -> None:
     """With SGD the mean of the paths' ends, each counted by its weight, is the next state."""
     run(data, tmp_path / "run", **merged(RULES[name], federation={"clip_factor": 0.0}))
-    r = 1 / (1 + K + 1)
+    r = 1 / K  # directions of a subspace are orthogonal by default
     with closing(opened(tmp_path / "run")) as journal:
         algorithm = journal.header.algorithm
         for record, _ in journal.records():

@@ -7,7 +7,6 @@ import csv
 import functools
 import json
 import math
-import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -20,6 +19,7 @@ import pytest
 from builders import make_recipe, make_update, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from journals import content
 from typer.testing import CliRunner
 
 import meerkat
@@ -274,17 +274,6 @@ def local_run(recipe: Recipe, out: Path) -> dict[str, Any]:
     return meerkat.run(recipe, out=out, observers=())
 
 
-def content(directory: Path) -> dict[str, Any]:
-    """Rounds, reports and calibrations as they are in a journal."""
-    queries = {
-        "rounds": "SELECT round, updates, digest FROM rounds ORDER BY 1",
-        "reports": "SELECT round, client, payload FROM reports ORDER BY 1, 2",
-        "calibrations": "SELECT client, payload FROM calibrations ORDER BY 1",
-    }
-    with closing(sqlite3.connect(directory / "journal.sqlite")) as connection:
-        return {table: connection.execute(query).fetchall() for table, query in queries.items()}
-
-
 def evaluations(directory: Path) -> list[Evaluated]:
     with closing(Journal.open(directory / "journal.sqlite")) as journal:
         return journal.evaluations()
@@ -398,6 +387,86 @@ def test_sessions_in_a_subspace_give_the_local_bits(
     assert remote.run()["state_digest"] == local["state_digest"]
     assert content(remote.out) == content(tmp_path / "local")
     same_evaluations(remote.out, tmp_path / "local")
+
+
+def in_subspace(kind: str, corpus: Path, dimensions: int = 4) -> dict[str, Any]:
+    """Sections of a recipe in a subspace, with rates of its units."""
+    section = {"kind": kind, "dimensions": dimensions, "texts": 12, "corpus": str(corpus)}
+    return {"subspace": section, "optimizer": {"learning_rate": 0.1, "epsilon": 0.1}}
+
+
+@pytest.mark.parametrize("kind", ["aligned", "random"])
+@pytest.mark.parametrize("by", ["log", "snapshot"])
+def test_a_client_that_joins_a_subspace_late_gets_w(
+    tiny_recipe_data: dict[str, Any],
+    sentences_file: Path,
+    tmp_path: Path,
+    cheap: None,
+    kind: str,
+    by: str,
+) -> None:
+    """It starts anew within a round, by the log or by w, whichever is smaller."""
+    at = 1 if by == "log" else 2
+    sections = in_subspace(kind, sentences_file, 11 if by == "log" else 4)
+    changes = {"federation": {"local_steps": 1}} if by == "log" else {}
+    recipe = recipe_of(tiny_recipe_data, **sections, **changes)
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    remote = RemoteRun(recipe, tmp_path / "remote", made)
+    done: list[int] = []
+
+    def restart(peer: int, frame: DownFrame) -> bool:
+        if peer != 11 or not isinstance(frame, Plan) or frame.plan.round != at or done:
+            return False
+        done.append(frame.plan.log_start)
+        remote.peers.reconnect(peer)
+        return True
+
+    remote.before = restart
+    summary = remote.run()
+    assert done
+    assert content(remote.out) == content(tmp_path / "local")
+    same_evaluations(remote.out, tmp_path / "local")
+    assert summary["state_digest"] == local["state_digest"]
+    snapshots = [f for p, f in remote.peers.sent if p == 11 and isinstance(f, Snapshot)]
+    state = meerkat.replay(remote.out, at).state
+    assert (state.to_bytes() in {found.state for found in snapshots}) == (by == "snapshot")
+    assert state.theta.shape == (made.dimensions,)
+
+
+@pytest.mark.parametrize("kind", ["aligned", "random"])
+@pytest.mark.parametrize("anew", [False, True], ids=["clients stay", "clients start anew"])
+def test_early_stopping_in_a_subspace_survives_interruptions(
+    tiny_recipe_data: dict[str, Any],
+    sentences_file: Path,
+    tmp_path: Path,
+    anew: bool,
+    kind: str,
+) -> None:
+    """With real forward passes: calibrations, verdicts and rounds are those of one process."""
+    everybody = {"kind": "gradip", "rho_later": 0.0, "rho_quiet": 0.0, "sigma": 1e9}
+    recipe = recipe_of(tiny_recipe_data, **in_subspace(kind, sentences_file), selection=everybody)
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    assert made.direction_gradient is not None
+    assert made.direction_gradient.shape == (4,)
+    remote, failures = RemoteRun(recipe, tmp_path / "remote", made), 0
+    remote.cut_in = 13
+    while True:
+        with suppress(RunError):
+            summary = remote.run()
+            break
+        failures += 1
+        if anew:
+            new_process()
+    assert failures >= 3
+    assert content(remote.out) == content(tmp_path / "local")
+    assert content(remote.out)["calibrations"]
+    same_evaluations(remote.out, tmp_path / "local")
+    assert summary["state_digest"] == local["state_digest"]
+    assert summary["stopped_early"] == local["stopped_early"] == [0, 1, 2]
+    assert summary["subspace"] == local["subspace"]
+    assert meerkat.gradip(remote.out).paths == meerkat.gradip(tmp_path / "local").paths
 
 
 EXACT_RUNS: dict[str, dict[str, Any]] = {

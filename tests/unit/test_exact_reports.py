@@ -308,28 +308,44 @@ def test_weights_say_what_a_report_brings() -> None:
     r = 1 / (1 + K - 1)
     found = by_precision(shares, [*drawn, exact], K, "rademacher")
     np.testing.assert_allclose(found, np.array([r, r, 2]) / (2 * r + 2), rtol=1e-15)
+    found = by_precision(shares, [*drawn, exact], K, "orthogonal")
+    np.testing.assert_allclose(found, np.array([1, 1, 2 * K]) / (2 + 2 * K), rtol=1e-15)
+    many = [replace(drawn[0], perturbations=K + 1, scalars=(1.0,) * (K + 1)), exact]
+    assert by_precision(np.array([0.5, 0.5]), many, K, "orthogonal").tolist() == [0.5, 0.5]
     for same in (drawn, [exact]):
         own = shares[: len(same)]
         assert by_precision(own, same, K, "gaussian") is own
 
 
-def test_the_precision_of_a_drawn_estimate_is_what_is_seen() -> None:
+@pytest.mark.parametrize("q", [1, 4])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthogonal"])
+def test_the_precision_of_a_drawn_estimate_is_what_is_seen(kind: str, q: int) -> None:
     """r = |∇|² / E|ĝ|², by drawing."""
-    for q in (1, 4):
-        gradient, squares = draw(NoiseKey(8, 8, 8), K).astype(np.float64), []
-        for trial in range(4000):
-            drawn = [draw(NoiseKey(5, trial, 0, i), K).astype(np.float64) for i in range(q)]
-            squares.append(np.sum(np.mean([(gradient @ z) * z for z in drawn], axis=0) ** 2))
-        assert gradient @ gradient / np.mean(squares) == pytest.approx(q / (q + K + 1), rel=0.1)
+    k = 8  # blocks of eight hold whole steps of four
+    subspace = {"dimensions": k, "kind": "random"}
+    stream = algorithm_of(k, subspace=subspace, noise={"kind": kind, "perturbations": q}).stream
+    gradient, squares = draw(NoiseKey(8, 8, 8), k).astype(np.float64), []
+    for round in range(2000):
+        drawn = [stream.z(key).astype(np.float64) for key in stream.keys(round, 0, 0)]
+        squares.append(np.sum(np.mean([(gradient @ z) * z for z in drawn], axis=0) ** 2))
+    state = make_server_state(algorithm_of(k), 1).model
+    reports = [
+        make_report(state, 0, [1.0] * q, perturbations=q),
+        exact_report(state, 1, [1.0] * k, k=k),
+    ]
+    drawn_share, exact_share = by_precision(np.array([0.5, 0.5]), reports, k, stream.kind)
+    seen = gradient @ gradient / np.mean(squares)
+    assert drawn_share / exact_share == pytest.approx(seen, rel=0.1)
 
 
-@pytest.mark.parametrize("directions", ["shared", "per-client"])
-@pytest.mark.parametrize("aggregator", ["mean", "median"])
-def test_a_mixed_round_against_its_definition(directions: str, aggregator: str) -> None:
-    if (directions, aggregator) == ("per-client", "median"):
-        return
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize(
+    ("directions", "aggregator"),
+    [("shared", "mean"), ("shared", "median"), ("per-client", "mean")],
+)
+def test_a_mixed_round_against_its_definition(directions: str, aggregator: str, kind: str) -> None:
     sections = MIXED | {
-        "noise": {"directions": directions, "perturbations": 2},
+        "noise": {"directions": directions, "perturbations": 2, "kind": kind},
         "federation": {"aggregator": aggregator, "clip_factor": 0.0},
     }
     algorithm = algorithm_of(K, **sections)
@@ -342,7 +358,7 @@ def test_a_mixed_round_against_its_definition(directions: str, aggregator: str) 
     ]
     updates = algorithm.aggregate(reports, 0.5)
     assert updates == algorithm.aggregate(reports[::-1], 0.5)
-    weight = {"drawn": 2 / (2 + K + 1), "axes": 1.0}
+    weight = {"drawn": 2 / (2 + K + 1) if kind == "gaussian" else 2 / K, "axes": 1.0}
     total = sum(weight[r.along] for r in reports)
     for step, update in enumerate(updates):
         expected = np.zeros(K)

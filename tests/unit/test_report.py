@@ -160,7 +160,7 @@ def test_page_is_self_contained_and_tells_the_journal(usual):
 
 
 def test_pictures_are_written_in_both_formats(usual):
-    other = ("gradip", "selection", "scores")
+    other = ("gradip", "selection", "scores", "subspace")
     names = [name for name in charts.FIGURES if not name.startswith(other)]
     assert pictures(usual) == {f"{name}.{suffix}" for name in names for suffix in ("svg", "png")}
     for path in (usual / "report").iterdir():

@@ -227,7 +227,7 @@ def test_pictures_show_every_client_in_its_colour(usual):
         assert strokes(usual, name, GREY) == 5, name
         assert (usual / "report" / f"{name}.png").stat().st_size > 5000
         ElementTree.parse(usual / "report" / f"{name}.svg")
-    names = {name for name in charts.FIGURES if not name.startswith("scores")}
+    names = {name for name in charts.FIGURES if not name.startswith(("scores", "subspace"))}
     assert names == {name.rpartition(".")[0] for name in pictures(usual)}
     text = captions((usual / "report.html").read_text("utf-8"))
     assert "3 of 8 clients are extreme; in the last 20 steps the mean |GradIP| is" in text

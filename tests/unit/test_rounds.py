@@ -12,7 +12,6 @@ from builders import algorithm_of, make_recipe, make_report, make_server_state, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat.config import Optimizer
 from meerkat.errors import ProtocolError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import DIGEST_BYTES
@@ -176,12 +175,11 @@ def test_a_round_leaves_the_state_before_it_alone(rule: str) -> None:
 def test_learning_rate_schedules(
     schedule: str, first: float, middle: float, last: float, end: float
 ) -> None:
-    optimizer = Optimizer(learning_rate=3e-4, schedule=schedule)
-    rates = [learning_rate(optimizer, round, 10) for round in (0, 5, 9, 10)]
+    rates = [learning_rate(3e-4, schedule, round, 10) for round in (0, 5, 9, 10)]
     expected = [3e-4 * factor for factor in (first, middle, last, end)]
     assert rates == pytest.approx(expected, rel=1e-6, abs=1e-15)
     assert all(float(np.float32(rate)) == rate for rate in rates)
-    all_rates = [learning_rate(optimizer, round, 10) for round in range(11)]
+    all_rates = [learning_rate(3e-4, schedule, round, 10) for round in range(11)]
     assert all_rates == sorted(all_rates, reverse=True)
     fields = {"learning_rate": 3e-4, "schedule": schedule}
     made = Schedule.of(make_recipe(federation={"rounds": 10}, optimizer=fields))

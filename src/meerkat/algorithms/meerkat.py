@@ -17,6 +17,7 @@ from meerkat.registry import build
 from meerkat.zo.directions import PerturbationStream
 from meerkat.zo.estimators import ESTIMATORS
 from meerkat.zo.key_schemes import KEY_SCHEMES
+from meerkat.zo.orthogonal import LARGEST
 from meerkat.zo.update_rules import UPDATE_RULES
 
 __all__ = ["meerkat"]
@@ -51,8 +52,20 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
             "the directions"
         )
     keys = build(KEY_SCHEMES, noise.keys.kind, noise.keys.options, "noise.keys")
+    if recipe.noise_kind == "orthogonal":
+        _check_orthogonal(recipe, n)
+    stream = PerturbationStream(
+        recipe.seed,
+        n,
+        recipe.noise_kind,
+        shared,
+        noise.perturbations,
+        keys,
+        federation.local_steps,
+        federation.clients,
+    )
     return ZerothOrder(
-        stream=PerturbationStream(recipe.seed, n, noise.kind, shared, noise.perturbations, keys),
+        stream=stream,
         rule=build(UPDATE_RULES, optimizer.rule.kind, optimizer.rule.options, "optimizer.rule"),
         estimator=estimator,
         epsilon=recipe.epsilon,
@@ -69,3 +82,22 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
         weighting=federation.weighting,
         weight_cap=federation.weight_cap or math.inf,
     )
+
+
+def _check_orthogonal(recipe: Recipe, n: int) -> None:
+    """Orthogonal directions are for few dimensions, and each is used once.
+
+    Raises:
+        RecipeError: There are too many dimensions, or directions come from a pool.
+    """
+    if recipe.noise.keys.kind != "fresh":
+        raise RecipeError(
+            f"noise.kind = 'orthogonal' goes with noise.keys = 'fresh', which is "
+            f"{recipe.noise.keys.kind!r}; change one of them"
+        )
+    if recipe.subspace is None or n > LARGEST:
+        found = "without [subspace]" if recipe.subspace is None else f"with n = {n}"
+        raise RecipeError(
+            f"noise.kind = 'orthogonal' is for at most {LARGEST} dimensions, and the recipe is "
+            f"{found}; take 'gaussian', or a subspace of fewer dimensions"
+        )

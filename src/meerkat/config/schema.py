@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, model_validator
 
+from meerkat.config.automatic import MOST_ORTHOGONAL, subspace_epsilon, subspace_rate
 from meerkat.config.sections import (
     Choice,
     Evaluation,
@@ -26,7 +27,7 @@ from meerkat.config.sections import (
     TaskSection,
 )
 
-__all__ = ["Recipe"]
+__all__ = ["Recipe", "without_neutral"]
 
 _MOST_NUMBERS = 4096
 """Numbers of a step that a report may have."""
@@ -152,11 +153,40 @@ class Recipe(Section):
         return max(drawn, self.subspace.dimensions) if optimizer.exact_clients else drawn
 
     @property
+    def noise_kind(self) -> Literal["gaussian", "rademacher", "orthogonal"]:
+        """The kind of direction after `auto`."""
+        if self.noise.kind != "auto":
+            return self.noise.kind
+        few = self.subspace is not None and self.subspace.dimensions <= MOST_ORTHOGONAL
+        return "orthogonal" if few and self.noise.keys.kind == "fresh" else "gaussian"
+
+    @property
+    def learning_rate(self) -> float:
+        """η after `auto` (method.md section 9, Units)."""
+        if self.optimizer.learning_rate != "auto":
+            return self.optimizer.learning_rate
+        if self.subspace is None:
+            return 1e-5
+        if self.optimizer.estimator.kind == "backward":
+            return 1.0  # as with any number of directions
+        owners = 1 if self.noise.directions == "shared" else self.clients_per_round
+        return subspace_rate(self.subspace.dimensions, owners * self.noise.perturbations)
+
+    @property
+    def schedule(self) -> Literal["constant", "linear", "cosine"]:
+        """How η goes over the rounds, after `auto`."""
+        if self.optimizer.schedule != "auto":
+            return self.optimizer.schedule
+        return "constant" if self.subspace is None else "linear"
+
+    @property
     def epsilon(self) -> float:
-        """ε after `auto` (method.md section 3, Precision)."""
-        if self.optimizer.epsilon == "auto":
-            return 1e-3 if self.model.dtype == "float32" else 3e-3
-        return self.optimizer.epsilon
+        """ε after `auto` (method.md section 3, Precision, and section 9, Units)."""
+        if self.optimizer.epsilon != "auto":
+            return self.optimizer.epsilon
+        if self.subspace is not None:
+            return subspace_epsilon(self.subspace.dimensions)
+        return 1e-3 if self.model.dtype == "float32" else 3e-3
 
     @property
     def clients_per_round(self) -> int:
@@ -170,15 +200,23 @@ class Recipe(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what a run computes."""
-        science = self.model_dump(mode="json", exclude={"runtime", "network"})
-        content = json.dumps(_without_neutral(type(self), science), sort_keys=True)
+        science = self.resolved.model_dump(mode="json", exclude={"runtime", "network"})
+        content = json.dumps(without_neutral(type(self), science), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def resolved(self) -> Recipe:
+        """The same run with what `auto` means written out; ε stays, it names no other run."""
+        rate: dict[str, Any] = {"learning_rate": self.learning_rate, "schedule": self.schedule}
+        optimizer = self.optimizer.model_copy(update=rate)
+        noise = self.noise.model_copy(update={"kind": self.noise_kind})
+        return self.model_copy(update={"optimizer": optimizer, "noise": noise})
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)
 
 
-def _without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[str, Any]:
+def without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[str, Any]:
     """What a section was dumped to, less the later fields that have their neutral values."""
     kept = {}
     for name, field in section.model_fields.items():
@@ -188,6 +226,6 @@ def _without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[s
         if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
             continue
         if isinstance(kind, type) and issubclass(kind, Section) and kind is not Choice:
-            value = _without_neutral(kind, value)
+            value = without_neutral(kind, value)
         kept[name] = value
     return kept

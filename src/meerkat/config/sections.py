@@ -132,6 +132,8 @@ class SubspaceSection(Section):
     """Whose gradient a text gives: the difference of two answers' scores (`auto` where there are
     two), the log-probability of an answer that the model or a die draws (`sampled`, `uniform`), or
     a random combination of all answers' scores (`mixed`, `auto` where there are more)."""
+    answer_tokens: Annotated[Count, Neutral(16)] = 16
+    """Most tokens of an answer that the model draws, in a task of free text."""
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """δ, as a share of the largest curvature."""
     power: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -224,18 +226,23 @@ class Optimizer(Section):
     ] = ()
     """Clients that report the exact gradient in a subspace while the others follow `estimator`:
     their numbers, or `able` for all whose node says that it can (`--node-config gradients`)."""
-    learning_rate: Positive = 1e-5
-    """Learning rate η. The default is what learned best with a sensitivity mask where it was
-    measured (docs/experiments.md); 1e-4 diverged there."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How η goes over the rounds; linear and cosine end at zero after the last."""
+    learning_rate: Literal["auto"] | Positive = "auto"
+    """Learning rate η. `auto` is 1e-5, what learned best with a sensitivity mask where it was
+    measured (docs/experiments.md; 1e-4 diverged there); in a subspace it follows from its
+    dimensions and from the directions of a round (method.md section 9)."""
+    schedule: Literal["auto", "constant", "linear", "cosine"] = "auto"
+    """How η goes over the rounds; linear and cosine end at zero after the last. `auto` is linear in
+    a subspace, constant elsewhere."""
     epsilon: Literal["auto"] | Positive = "auto"
-    """Perturbation size ε; `auto` is 1e-3 in float32 and 3e-3 in bfloat16."""
+    """Perturbation size ε; `auto` is 1e-3 in float32 and 3e-3 in bfloat16, and in a subspace 0.6 by
+    the root of its dimensions."""
 
 
 class Noise(Section):
-    kind: Literal["gaussian", "rademacher"] = "gaussian"
-    """Distribution of z."""
+    kind: Literal["auto", "gaussian", "rademacher", "orthogonal"] = "auto"
+    """Distribution of z; `orthogonal` is for a subspace: directions that are orthogonal in blocks,
+    so that each dimension is measured equally often. `auto` is that in a subspace, `gaussian`
+    elsewhere."""
     directions: Literal["shared", "per-client"] = "shared"
     """One z for all clients of a step, or one for each client."""
     perturbations: Annotated[int, Field(ge=1, lt=2**8)] = 1

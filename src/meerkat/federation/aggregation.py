@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from meerkat.federation.messages import ClientReport
-from meerkat.zo.noise import Kind
+from meerkat.zo.directions import DirectionKind
 
 __all__ = ["by_precision", "clipped", "largest", "scalar_matrix", "usual_size", "weights"]
 
@@ -32,22 +32,30 @@ def weights(
 
 
 def by_precision(
-    shares: Float64[np.ndarray, " K"], reports: Sequence[ClientReport], n: int, kind: Kind
+    shares: Float64[np.ndarray, " K"], reports: Sequence[ClientReport], n: int, kind: DirectionKind
 ) -> Float64[np.ndarray, " K"]:
     """v_k ∝ p_k r_k: weights where some reports are exact and others are along drawn directions.
 
     r is the share of |∇|² in the expected squared length of an estimate of n values: 1 for an exact
-    one, Q / (Q + n + 1) for Q Gaussian directions, Q / (Q + n - 1) for Rademacher ones
-    (method.md section 9). Where all reports are of one kind, the weights are p_k.
+    one, Q / (Q + n + 1) for Q Gaussian directions, Q / (Q + n - 1) for Rademacher ones, Q / n for
+    orthogonal ones, n of which are exact together (method.md section 9). Where all reports are of
+    one kind, the weights are p_k.
     """
     if len({report.along for report in reports}) < 2:
         return shares
-    spread = n + 1 if kind == "gaussian" else n - 1
     precisions = [
-        1.0 if r.along == "axes" else r.perturbations / (r.perturbations + spread) for r in reports
+        1.0 if report.along == "axes" else _precision(report.perturbations, n, kind)
+        for report in reports
     ]
     weighted = shares * np.array(precisions)
     return weighted / math.fsum(weighted.tolist())
+
+
+def _precision(count: int, n: int, kind: DirectionKind) -> float:
+    """r of an estimate along so many directions."""
+    if kind == "orthogonal":
+        return min(1.0, count / n)
+    return count / (count + n + (1 if kind == "gaussian" else -1))
 
 
 def usual_size(reports: Sequence[ClientReport]) -> float:

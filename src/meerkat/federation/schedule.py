@@ -5,27 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from meerkat.config import Federation, Optimizer, Recipe, Selection
+from meerkat.config import Federation, Recipe, Selection
 
 __all__ = ["Schedule", "learning_rate"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The sections of a recipe that decide on rounds."""
+    """What of a recipe decides on rounds."""
 
     federation: Federation
-    optimizer: Optimizer
     selection: Selection
     seed: int
+    first_rate: float
+    """η of the first round."""
+    decay: Literal["constant", "linear", "cosine"]
+    """How it goes on."""
+    exact: Literal["all", "able"] | tuple[int, ...] = ()
+    """Clients that report the exact gradient (method.md section 9)."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Schedule:
         """The schedule of a recipe."""
-        return cls(recipe.federation, recipe.optimizer, recipe.selection, recipe.seed)
+        backward = recipe.optimizer.estimator.kind == "backward"
+        return cls(
+            recipe.federation,
+            recipe.selection,
+            recipe.seed,
+            recipe.learning_rate,
+            recipe.schedule,
+            "all" if backward else recipe.optimizer.exact_clients,
+        )
 
     @property
     def clients_per_round(self) -> int:
@@ -33,7 +47,7 @@ class Schedule:
 
     def learning_rate(self, round: int) -> float:
         """η of a round, as the float32 that plan and log carry."""
-        return learning_rate(self.optimizer, round, self.federation.rounds)
+        return learning_rate(self.first_rate, self.decay, round, self.federation.rounds)
 
     def exact_clients(self, able: Callable[[], Collection[int]] | None = None) -> Collection[int]:
         """Clients that report the exact gradient (method.md section 9).
@@ -41,17 +55,17 @@ class Schedule:
         Args:
             able: Gives the clients that can; all by default.
         """
-        everyone, chosen = range(self.federation.clients), self.optimizer.exact_clients
-        if self.optimizer.estimator.kind == "backward":
+        everyone = range(self.federation.clients)
+        if self.exact == "all":
             return everyone
-        if chosen == "able":
+        if self.exact == "able":
             return everyone if able is None else frozenset(able())
-        return frozenset(chosen)
+        return frozenset(self.exact)
 
     @property
     def must_be_exact(self) -> Collection[int]:
         """Clients that can take part only if they can report the exact gradient."""
-        return () if self.optimizer.exact_clients == "able" else self.exact_clients()
+        return () if self.exact == "able" else self.exact_clients()
 
     def is_calibration_round(self, round: int) -> bool:
         """Is this round the calibration of the clients, whose update is kept?"""
@@ -72,14 +86,19 @@ class Schedule:
         return left <= self.selection_window_rounds and round + left < self.federation.rounds
 
 
-def learning_rate(optimizer: Optimizer, round: int, rounds: int) -> float:
-    """η of a round under the recipe's schedule, rounded to float32."""
+def learning_rate(first: float, decay: str, round: int, rounds: int) -> float:
+    """η of a round, rounded to float32.
+
+    Args:
+        first: η of the first round.
+        decay: `Optimizer.schedule` after `auto`.
+    """
     done = round / rounds
-    match optimizer.schedule:
+    match decay:
         case "linear":
             factor = 1.0 - done
         case "cosine":
             factor = 0.5 * (1.0 + math.cos(math.pi * done))
         case _:
             factor = 1.0
-    return float(np.float32(optimizer.learning_rate * factor))
+    return float(np.float32(first * factor))

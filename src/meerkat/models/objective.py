@@ -58,12 +58,12 @@ class TextObjective:
 
         Cross-entropy over the verbalizers, or the mean token loss of a free-text answer.
         """
-        found = [self.batch_losses(batch).cpu() for batch in self._packs(examples)]
+        found = [self.batch_losses(batch).cpu() for batch in self.packs(examples)]
         return torch.cat(found).double().numpy()
 
     def losses_with_graph(self, examples: Sequence[Encoded]) -> Iterator[Float32[Tensor, " s"]]:
         """The losses of the examples of each packed batch, in their order, computed one by one."""
-        for batch in self._packs(examples):
+        for batch in self.packs(examples):
             with torch.compiler.set_stance("force_eager"):
                 losses = self.batch_losses(batch)
             yield losses
@@ -72,7 +72,7 @@ class TextObjective:
     def predict(self, examples: Sequence[Encoded]) -> Predictions:
         """Losses, and the answer with the highest score of each example."""
         losses, best = [], []
-        for batch in self._packs(examples):
+        for batch in self.packs(examples):
             moved = batch.to(self.device)
             scores = self.scores(moved)
             losses.append(_losses(scores, moved).cpu())
@@ -96,7 +96,8 @@ class TextObjective:
         batch = batch.to(self.device)
         return _losses(self.scores(batch), batch)
 
-    def _packs(self, examples: Sequence[Encoded]) -> Iterator[PackedBatch]:
+    def packs(self, examples: Sequence[Encoded]) -> Iterator[PackedBatch]:
+        """Examples as batches of one pass each, in order, by what a pass may hold."""
         one_token = all(len(answer) == 1 for e in examples for answer in e.answers)
         free = one_token and len(examples[0].answers) > 1  # only the answers' rows are multiplied
         return packs(examples, self._tokens_per_pass, None if free else self._scored_per_pass)

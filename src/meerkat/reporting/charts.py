@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 
 from meerkat.journal.records import Evaluated, Header
+from meerkat.reporting import subspace
 from meerkat.reporting.curves import axes, loss, scores
 from meerkat.reporting.figure import (
     INK,
@@ -35,6 +36,7 @@ FIGURES = (
     *("loss", "accuracy", "scores"),
     *("loss-by-bytes", "accuracy-by-bytes", "scores-by-bytes"),
     *("gradip", "selection", "gradip-norm", "gradip-cosine"),
+    *subspace.NAMES,
     *("clients", "mask"),
 )
 """Names of all pictures that a report may have, in their order on the page."""
@@ -51,6 +53,7 @@ def draw(
     evaluations: Sequence[Evaluated],
     stopping: Stopping | None = None,
     paths: Paths | None = None,
+    within: subspace.Within | None = None,
 ) -> list[Figure]:
     """All pictures that there are data for.
 
@@ -62,6 +65,7 @@ def draw(
     if stopping is not None:
         drawn = draw_paths(paths) if paths is not None else []
         found += [*drawn[:1], draw_scatter(stopping.last), *drawn[1:]]
+    found += subspace.draw_within(within) if within is not None else []
     found += [_clients(header.labels, header.label_counts), _mask(header.mask_parts)]
     return [figure for figure in found if figure is not None]
 

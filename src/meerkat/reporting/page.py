@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from meerkat.journal.records import Evaluated
+from meerkat.reporting import subspace
 from meerkat.reporting.figure import Figure, plain, plural, thin
 from meerkat.reporting.run_view import Run, Score, duration, facts, scores_in
 from meerkat.reporting.verdicts import early_stopping
@@ -45,7 +46,8 @@ def render(run: Run, figures: Sequence[Figure]) -> str:
     """The HTML of a report: what `run` says, and the pictures of it."""
     start = [figure for figure in figures if figure.name in ("clients", "mask")]
     paths = [figure for figure in figures if figure.name.startswith(("gradip", "selection"))]
-    course = [figure for figure in figures if figure not in start and figure not in paths]
+    within = [figure for figure in figures if figure.name in subspace.NAMES]
+    course = [figure for figure in figures if figure not in (*start, *paths, *within)]
     return (
         _environment()
         .get_template("report.html.j2")
@@ -62,6 +64,7 @@ def render(run: Run, figures: Sequence[Figure]) -> str:
             evaluations=_evaluations(run.evaluations) if run.evaluations else None,
             stopping=early_stopping(run, run.stopping) if run.stopping is not None else None,
             paths=_pictures(paths),
+            within=_pictures(within),
             start=_pictures(start),
             digests=_digests(run),
             recipe=_sections(run.recipe),

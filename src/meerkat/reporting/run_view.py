@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from pydantic import ValidationError
+
+from meerkat.config import Recipe
 from meerkat.errors import JournalError
 from meerkat.journal import Journal, replay
 from meerkat.journal.records import Evaluated, Header
@@ -111,7 +114,7 @@ def read(journal: Journal) -> Run:
     evaluations = [e for e in journal.evaluations() if e.round <= len(losses)]
     return Run(
         header=journal.header,
-        recipe=dict(_flat(json.loads(journal.header.recipe))),
+        recipe=dict(_flat(_resolved(journal.header.recipe))),
         losses=losses,
         sent=list(accumulate(sizes)),
         bytes_up=up,
@@ -160,6 +163,15 @@ def _first_digest(journal: Journal) -> str:
         return replay(journal, 0).digest
     except JournalError:
         return ModelState(journal.theta0).digest
+
+
+def _resolved(text: str) -> dict[str, Any]:
+    """A recipe with what `auto` means, or as it is where this version does not know it."""
+    try:
+        return Recipe.model_validate_json(text).resolved.model_dump(mode="json")
+    except ValidationError:
+        found: dict[str, Any] = json.loads(text)
+        return found
 
 
 def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -227,6 +239,7 @@ def _cost(run: Run) -> list[Fact]:
             f"{header.mask_size:,}",
             f"{100 * share:.3g} % of {header.eligible:,} eligible",
         ),
+        *_within(run),
         ("Time", duration(run.seconds), f"in rounds; {duration(evaluating)} in evaluations"),
     ]
 
@@ -237,6 +250,13 @@ def _stopped(run: Run) -> list[Fact]:
     which = run.stopping.last.flagged
     count = f"{len(which):,} of {plural(run.clients, 'client')}"
     return [("Stopped early", count, listed(which, _LISTED) or "nobody is extreme")]
+
+
+def _within(run: Run) -> list[Fact]:
+    kind = run.recipe.get("subspace.kind")
+    if kind is None:
+        return []
+    return [("Directions of the subspace", f"{run.header.size:,}", f"numbers that move; {kind}")]
 
 
 def _bytes(count: float) -> str:

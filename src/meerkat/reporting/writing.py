@@ -10,6 +10,7 @@ from meerkat.reporting.charts import FIGURES, draw
 from meerkat.reporting.page import render
 from meerkat.reporting.run_view import read
 from meerkat.reporting.stopping import read_paths
+from meerkat.reporting.subspace import read_within
 
 __all__ = ["write_report"]
 
@@ -26,7 +27,8 @@ def write_report(directory: Path, journal: Journal) -> Path:
     run = read(journal)
     calibrated = run.stopping and run.stopping.calibrated
     paths = read_paths(directory, journal, calibrated) if calibrated else None
-    figures = draw(run.header, run.losses, run.sent, run.evaluations, run.stopping, paths)
+    within = read_within(directory, journal)
+    figures = draw(run.header, run.losses, run.sent, run.evaluations, run.stopping, paths, within)
     pictures = directory / "report"
     try:
         pictures.mkdir(parents=True, exist_ok=True)

@@ -104,9 +104,11 @@ class Assembly:
         )
         section = self.recipe.subspace
         if section is not None and mask.subspace is None:
-            mask = replace(mask, subspace=find_subspace(self, mask, section))
-        check_subspace(mask.subspace, section, self.task)
-        return replace(found, mask=mask)
+            found = find_subspace(self, mask, section)
+        else:
+            found = replace(found, mask=mask)
+        check_subspace(found.mask.subspace, section, self.task)
+        return found
 
     @cached_property
     def objective(self) -> TextObjective:

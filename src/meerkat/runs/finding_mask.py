@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +10,10 @@ from typing import Protocol
 from meerkat.config import Recipe
 from meerkat.data.corpus import calibration_batches, sequences
 from meerkat.errors import MaskError
-from meerkat.models.loading import LoadedModel, cache_dir
+from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
 from meerkat.progress import Progress
+from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
 from meerkat.spaces.mask_criteria import (
     eligible_parameters,
     full_mask,
@@ -106,16 +104,12 @@ def _check_same_model(mask: Mask, loaded: LoadedModel, path: Path) -> None:
 def _cached(sources: Sources) -> FoundMask:
     """The sensitivity mask, found again by model, corpus and settings."""
     section, loaded = sources.recipe.mask, sources.loaded
-    settings = section.model_dump(mode="json", exclude={"file"})
-    for name in (section.corpus,) if isinstance(section.corpus, str) else section.corpus:
-        file = Path(name).expanduser()
-        if file.is_file():
-            settings[name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    content = json.dumps([loaded.fingerprint, loaded.configuration, settings], sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:24]
-    path = cache_dir(sources.recipe.runtime, "masks") / f"{key}.safetensors"
-    with suppress(MaskError):  # absent, damaged, or of another version: made again
-        return FoundMask(load_mask(path, loaded.fingerprint), path)
+    settings = section.model_dump(mode="json", exclude={"file"}) | corpus_digests(section.corpus)
+    content = [loaded.fingerprint, loaded.configuration, settings]
+    path = cache_path(sources.recipe.runtime, "masks", content)
+    kept = read_cached(path, loaded.fingerprint)
+    if kept is not None:
+        return FoundMask(kept, path)
     mask = _sensitive(sources, None)
     save_mask(mask, path)
     return FoundMask(mask, path)

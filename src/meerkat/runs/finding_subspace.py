@@ -5,24 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from meerkat.config.sections import SubspaceSection
+from meerkat.config.sections import MaskSection, SubspaceSection
 from meerkat.data.corpus import corpus_texts
 from meerkat.data.encoding import Encoded, Encoder
-from meerkat.data.packing import pack
+from meerkat.data.packing import PackedBatch, pack
 from meerkat.errors import DataError, RecipeError
+from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
-from meerkat.runs.finding_mask import Sources
-from meerkat.spaces.alignment import Scheme, score_gradients
+from meerkat.runs.finding_mask import FoundMask, Sources
+from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
+from meerkat.spaces.alignment import Scheme, packed_score_gradients, score_gradients
+from meerkat.spaces.answers import drawn_answer
+from meerkat.spaces.example_gradients import has_example_gradients
 from meerkat.spaces.linear import subspace_of
-from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
 from meerkat.tasks import Example, Task
@@ -30,8 +36,12 @@ from meerkat.zo.noise import NoiseKey, draw, permutation
 
 __all__ = ["find_subspace"]
 
+_METHOD = 2
+"""Raised when the same settings give other bits than before, so that what is cached is not used."""
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
+_TOGETHER = 16
+"""Texts of one backward pass."""
 _POOL = 16
 """Sentences are drawn from at most this many times as many as are needed."""
 
@@ -45,33 +55,59 @@ class _Sources(Sources, Protocol):
     def encoder(self) -> Encoder: ...
 
 
-def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
-    """The directions within a mask that a recipe asks for.
+def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> FoundMask:
+    """A mask with the directions within it that a recipe asks for: from the cache, or made.
 
     Raises:
         DataError: The corpus cannot be read, or has too few sentences.
         RecipeError: There are fewer directions than `subspace.dimensions`.
     """
     if section.kind == "random":
-        drawn = [
-            draw(NoiseKey(section.seed, 2, 0, 0, j), mask.size) for j in range(section.dimensions)
-        ]
-        rows = np.stack(drawn) / np.float32(np.sqrt(mask.size))
-        about = {"settings": settings_of(section)}
-        return subspace_of("random", rows, np.ones(section.dimensions), about)
+        return FoundMask(replace(mask, subspace=_random(mask, section)))
+    path = cache_path(sources.recipe.runtime, "subspaces", _fixed_by(sources, mask, section))
+    kept = read_cached(path, sources.loaded.fingerprint)
+    if kept is not None:
+        return FoundMask(replace(mask, subspace=kept.subspace), path)
+    mask = replace(mask, subspace=_aligned(sources, mask, section))
+    save_mask(mask, path)
+    return FoundMask(mask, path)
+
+
+def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:
+    """All that the bits of an aligned subspace, and of the mask's file with it, follow from."""
+    loaded, task, of_corpus = sources.loaded, sources.task, _corpus_of(sources, section)
+    gradient = b"" if mask.gradient is None else mask.gradient.tobytes()
+    return {
+        "method": _METHOD,
+        "model": [loaded.fingerprint, loaded.configuration],
+        "mask": [mask.digest, mask.kind, hashlib.sha256(gradient).hexdigest()],
+        "task": [task.prompt, task.verbalizers, task.cut_field, sources.encoder.max_length],
+        "corpus": of_corpus.model_dump(
+            mode="json",
+            include={"corpus", "corpus_config", "corpus_split", "corpus_column", "seed"},
+        ),
+        "files": corpus_digests(of_corpus.corpus),
+        "settings": settings_of(section),
+        "ends": [] if task.has_classes else sorted(_ends(loaded)),
+    }
+
+
+def _random(mask: Mask, section: SubspaceSection) -> Subspace:
+    drawn = [draw(NoiseKey(section.seed, 2, 0, 0, j), mask.size) for j in range(section.dimensions)]
+    rows = np.stack(drawn) / np.float32(np.sqrt(mask.size))
+    about = {"settings": settings_of(section)}
+    return subspace_of("random", rows, np.ones(section.dimensions), about)
+
+
+def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
+    """From the gradients of the model's own answers to public texts."""
     examples = _public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
     scheme = _scheme(section, len(sources.task.verbalizers))
+    if not sources.task.has_classes:
+        encoded = _with_answers(sources, encoded, section)
     sources.progress.start("Finding the subspace", len(encoded))
-    scores = score_gradients(
-        partial(_answer_scores, sources.objective),
-        dict(sources.loaded.model.named_parameters()),
-        encoded,
-        mask,
-        scheme,
-        section.seed,
-        sources.progress.advance,
-    )
+    scores = _score_gradients(sources, encoded, mask, scheme, section.seed)
     try:
         basis = whitened(scores, section.dimensions, section.damping, section.power)
     except ValueError as error:
@@ -83,15 +119,23 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Su
         "prompt": sources.task.prompt,
         "answers": json.dumps(sources.task.verbalizers),
         "texts": hashlib.sha256(content.encode()).hexdigest(),
-        "score": scheme,
+        "score": "sampled" if scheme == "given" else scheme,
         "settings": settings_of(section),
     }
     return subspace_of("aligned", basis.rows, basis.curvature, about)
 
 
 def _scheme(section: SubspaceSection, answers: int) -> Scheme:
+    """Which scores; a task of free text has no list of answers, so its answers are drawn before."""
+    if not answers:
+        if section.score not in ("auto", "sampled"):
+            raise RecipeError(
+                f"subspace.score = {section.score!r} goes through a list of answers, which a task "
+                "of free text has not; take 'sampled'"
+            )
+        return "given"
     if section.score == "auto":
-        return "difference" if answers == 2 else "mixed" if answers > 2 else "sampled"
+        return "difference" if answers == 2 else "mixed"
     if section.score == "difference" and answers != 2:
         raise RecipeError(
             f"subspace.score = 'difference' is for two answers, the task has "
@@ -100,14 +144,78 @@ def _scheme(section: SubspaceSection, answers: int) -> Scheme:
     return section.score
 
 
+def _score_gradients(
+    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, scheme: Scheme, seed: int
+) -> Float32[np.ndarray, "N n"]:
+    """Many texts in a backward pass where the mask allows it, else one."""
+    model, objective = sources.loaded.model, sources.objective
+    advance = sources.progress.advance
+    if has_example_gradients(model, mask):
+        batches = (
+            batch
+            for begin in range(0, len(encoded), _TOGETHER)
+            for batch in objective.packs(encoded[begin : begin + _TOGETHER])
+        )
+        scores = partial(_packed_scores, objective)
+        return packed_score_gradients(
+            scores, model, batches, len(encoded), mask, scheme, seed, advance
+        )
+    of_one = partial(_answer_scores, objective)
+    parameters = dict(model.named_parameters())
+    return score_gradients(of_one, parameters, encoded, mask, scheme, seed, advance)
+
+
 def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor, " A"]:
-    return objective.scores(pack([example]).to(objective.device))[0]
+    return _packed_scores(objective, pack([example]))[0]
+
+
+def _packed_scores(objective: TextObjective, batch: PackedBatch) -> Float32[Tensor, "S A"]:
+    """Score of each answer; a drawn answer's times √T, T its tokens.
+
+    The loss of free text is a mean over T tokens, whose curvature is a T-th of the sum of theirs;
+    that of a mean score would be a T²-th, since scores of drawn tokens do not depend on each other.
+    """
+    moved = batch.to(objective.device)
+    with torch.compiler.set_stance("force_eager"):
+        found = objective.scores(moved)
+    if batch.answers == 1:
+        return found * moved.answer.bincount(minlength=batch.examples).sqrt()[:, None]
+    return found
+
+
+def _with_answers(
+    sources: _Sources, encoded: Sequence[Encoded], section: SubspaceSection
+) -> list[Encoded]:
+    """Each prompt with one answer that the model draws."""
+    model, ends = sources.loaded.model, _ends(sources.loaded)
+    generator = np.random.Generator(np.random.Philox(section.seed))
+    sources.progress.start("Drawing answers", len(encoded))
+    found = []
+    for example in encoded:
+        room = max(1, sources.encoder.max_length - len(example.prompt) + 1)
+        most = min(section.answer_tokens, room)
+        answer = drawn_answer(model, example.prompt, most, ends, generator)
+        found.append(Encoded(example.prompt, (answer,), 0))
+        sources.progress.advance()
+    return found
+
+
+def _ends(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that end a text, by the tokenizer and by the model's own settings."""
+    listed = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
+    every = [loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    return frozenset(token for token in every if token is not None)
+
+
+def _corpus_of(sources: _Sources, section: SubspaceSection) -> MaskSection:
+    """The mask's section with the corpus that a subspace is made from."""
+    corpus = section.corpus or sources.recipe.mask.corpus
+    return sources.recipe.mask.model_copy(update={"corpus": corpus})
 
 
 def _public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
     """Sentences of the corpus as the fields of the task's prompt; they have no label."""
-    corpus = section.corpus or sources.recipe.mask.corpus
-    of_corpus = sources.recipe.mask.model_copy(update={"corpus": corpus})
+    of_corpus = _corpus_of(sources, section)
     names = sorted(set(sources.task.fields))
     needed = section.texts * len(names)
     pool: list[str] = []
@@ -117,8 +225,8 @@ def _public_examples(sources: _Sources, section: SubspaceSection) -> list[Exampl
             break
     if len(pool) < needed:
         raise DataError(
-            f"subspace.corpus = {corpus!r} has {len(pool)} sentences of {_SHORTEST} to {_LONGEST} "
-            f"words, {needed} are needed; lower subspace.texts"
+            f"subspace.corpus = {of_corpus.corpus!r} has {len(pool)} sentences of {_SHORTEST} to "
+            f"{_LONGEST} words, {needed} are needed; lower subspace.texts"
         )
     chosen = permutation(section.seed, (2, 1), len(pool))[:needed].reshape(section.texts, -1)
     return [

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from meerkat.journal import Journal, replay
 from meerkat.registry import build
 from meerkat.transport.messages import PLAN_BYTES, encode_report
 from meerkat.zo.axes import Along
 from meerkat.zo.estimators import ESTIMATORS, Estimator
 from meerkat.zo.estimators.backward import Backward
+from meerkat.zo.state import Theta
 
-__all__ = ["describe_selection", "summarise"]
+__all__ = ["describe_selection", "directions_holding", "summarise"]
 
 
 def describe_selection(journal: Journal) -> dict[str, Any] | None:
@@ -59,6 +62,7 @@ def summarise(journal: Journal) -> dict[str, Any]:
     calibrations = list(journal.calibrations())
     before = next((e for e in evaluations if e.round == 0), None)
     after = next((e for e in evaluations if e.round == journal.rounds), None)
+    state = replay(journal)
     seconds = sum(m.seconds for m in metrics) + sum(e.seconds for e in evaluations)
     return {
         "before": before.metrics if before else {},
@@ -77,11 +81,29 @@ def summarise(journal: Journal) -> dict[str, Any]:
         ),
         "calibration_bytes_up": sum(len(encode_report(r)) for r in calibrations),
         "calibration_bytes_down": PLAN_BYTES * calibrated,
-        "state_digest": replay(journal).digest,
+        "state_digest": state.digest,
         "mask_size": header.mask_size,
+        "subspace": None if recipe.subspace is None else _describe_path(state.theta),
         "eligible_parameters": header.eligible,
         "model": recipe.model.name,
         "seed": recipe.seed,
         "fingerprint": header.fingerprint,
         "seconds": round(seconds, 3),
     }
+
+
+def directions_holding(w: Theta, share: float = 0.5) -> int:
+    """The fewest directions of a subspace that hold this share of |w|².
+
+    >>> directions_holding(np.array([0.0, 3.0, -4.0, 0.0])), directions_holding(np.zeros(4))
+    (1, 0)
+    """
+    squares = np.sort(w.astype(np.float64) ** 2)[::-1]
+    total = squares.sum()
+    return int(np.searchsorted(squares.cumsum(), share * total) + 1) if total > 0 else 0
+
+
+def _describe_path(w: Theta) -> dict[str, Any]:
+    """How w is spread over the directions of a subspace."""
+    largest = int(np.abs(w).argmax()) + 1 if w.any() else None
+    return {"dimensions": len(w), "half_in": directions_holding(w), "largest": largest}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -10,14 +11,27 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor, nn
 
+from meerkat.data.packing import PackedBatch
+from meerkat.spaces.example_gradients import example_gradients
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import backward_passes
 
-__all__ = ["AnswerScores", "Scheme", "score_gradients"]
+__all__ = [
+    "AnswerScores",
+    "PackedScores",
+    "Scheme",
+    "packed_score_gradients",
+    "score_gradients",
+]
 
 AnswerScores: TypeAlias = Callable[[Any], Float32[Tensor, " A"]]
 """A text in its prompt → the score of each answer, with the graph for a backward pass."""
-Scheme: TypeAlias = Literal["sampled", "uniform", "difference", "mixed"]
+PackedScores: TypeAlias = Callable[[PackedBatch], Float32[Tensor, "S A"]]
+"""The same for a batch of texts."""
+Scheme: TypeAlias = Literal["sampled", "uniform", "difference", "mixed", "given"]
+
+_IN_MEMORY = 2**30
+"""Most bytes of scores that are kept in memory; more are kept in a file that has no name."""
 
 
 def score_gradients(
@@ -31,19 +45,23 @@ def score_gradients(
 ) -> Float32[np.ndarray, "N n"]:
     """s_i of each text: one backward pass each, kept at the masked coordinates only.
 
+    Memory: activations of one text, the gradient of one tensor at a time, and the scores, 4 N n
+    bytes; where those are more than 1 GiB they are in a file in the folder for temporary files.
+
     Schemes:
         sampled: ∇ log p(ŷ | x), ŷ drawn from the model's own answers.
         uniform: The same with ŷ drawn uniformly: rare answers are seen, too.
         difference: The gradient of the difference of the first two answers' scores.
         mixed: A random combination of the centred scores of all answers.
+        given: The gradient of the score of the one answer that a text brings, drawn before.
 
     Raises:
-        ValueError: `difference` without two answers.
+        ValueError: `difference` without two answers, or `given` without one.
     """
-    draw = np.random.Generator(np.random.Philox(seed))
+    draw = _draws(seed)
     chosen = {name: parameters[name] for name in mask.names}
     where = {name: torch.from_numpy(i) for name, i in zip(mask.names, mask.indices, strict=True)}
-    rows = np.zeros((len(texts), mask.size), np.float32)
+    rows = _room(len(texts), mask.size)
     ends = np.cumsum([len(i) for i in mask.indices])
     begins = dict(zip(mask.names, [0, *ends[:-1].tolist()], strict=True))
     done = 0
@@ -64,6 +82,51 @@ def score_gradients(
     return rows
 
 
+def packed_score_gradients(
+    scores: PackedScores,
+    model: nn.Module,
+    batches: Iterable[PackedBatch],
+    count: int,
+    mask: Mask,
+    scheme: Scheme,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> Float32[np.ndarray, "N n"]:
+    """As `score_gradients`, by one backward pass of activations for a batch of texts.
+
+    Args:
+        model: One that `has_example_gradients` for this mask.
+        count: N, texts of all batches.
+        advance: Called once for each text.
+
+    Raises:
+        ValueError: As `score_gradients`.
+    """
+    draw, rows, done = _draws(seed), _room(count, mask.size), 0
+
+    def targets(batch: PackedBatch) -> Tensor:
+        return torch.stack([_target(found, scheme, draw) for found in scores(batch)])
+
+    for part in example_gradients(model, mask, batches, targets):
+        rows[done : done + len(part)] = part
+        done += len(part)
+        for _ in part:
+            advance()
+    return rows
+
+
+def _draws(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
+
+
+def _room(count: int, size: int) -> Float32[np.ndarray, "N n"]:
+    """Zeros, in a file where they are large."""
+    if 4 * count * size <= _IN_MEMORY:
+        return np.zeros((count, size), np.float32)
+    with tempfile.TemporaryFile() as file:  # mapped, it stays to the end of its last array
+        return np.memmap(file, np.float32, "w+", shape=(count, size))
+
+
 def _target(found: Tensor, scheme: Scheme, draw: np.random.Generator) -> Tensor:
     """The number of a text whose gradient is its score."""
     match scheme:
@@ -71,6 +134,10 @@ def _target(found: Tensor, scheme: Scheme, draw: np.random.Generator) -> Tensor:
             if len(found) != 2:
                 raise ValueError(f"the difference of two answers, not of {len(found)}")
             return found[1] - found[0]
+        case "given":
+            if len(found) != 1:
+                raise ValueError(f"the score of one answer, not of {len(found)}")
+            return found[0]
         case "mixed":
             weights = torch.from_numpy(draw.standard_normal(len(found))).to(found)
             return ((found - found.mean()) * weights).sum()

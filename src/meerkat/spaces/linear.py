@@ -79,8 +79,14 @@ def subspace_of(
     curvature: Float64[np.ndarray, " N"],
     about: Mapping[str, str],
 ) -> Subspace:
-    """A subspace from the rows of B: unit directions in bfloat16, and their lengths."""
-    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
-    unit = torch.from_numpy((rows / lengths[:, None]).astype(np.float32))
-    bits = unit.bfloat16().view(torch.uint16).numpy()
-    return Subspace(kind, bits, lengths.astype(np.float32), tuple(curvature.tolist()), about)
+    """A subspace from the rows of B: unit directions in bfloat16, and their lengths.
+
+    One row after the other, so that memory is 2 k n bytes beside B.
+    """
+    bits, lengths = np.empty(rows.shape, np.uint16), np.empty(len(rows), np.float32)
+    for place in range(len(rows)):
+        row = rows[place : place + 1].astype(np.float64)
+        length = np.linalg.norm(row, axis=1)
+        unit = torch.from_numpy((row / length[:, None]).astype(np.float32))
+        bits[place], lengths[place] = unit.bfloat16().view(torch.uint16).numpy()[0], length[0]
+    return Subspace(kind, bits, lengths, tuple(curvature.tolist()), about)

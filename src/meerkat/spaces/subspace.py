@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, UInt16
 
+from meerkat.config.schema import without_neutral
 from meerkat.config.sections import SubspaceSection
 from meerkat.errors import MaskError
 from meerkat.tasks import Task
@@ -119,7 +120,8 @@ def check_subspace(found: Subspace | None, section: SubspaceSection | None, task
 
 def settings_of(section: SubspaceSection) -> str:
     """A section as the text that a subspace made with it carries."""
-    return json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    dumped = without_neutral(type(section), section.model_dump(mode="json"))
+    return json.dumps(dumped, sort_keys=True)
 
 
 def combined(

@@ -9,8 +9,8 @@ from jaxtyping import Float32, Float64
 
 __all__ = ["Basis", "whitened"]
 
-_BLOCK = 2**16
-"""Coordinates that are turned into float64 together."""
+_BLOCK = 2**24
+"""Values of the scores that are turned into float64 together, 128 MiB."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ class Basis:
 def whitened(
     scores: Float32[np.ndarray, "N n"], dimensions: int, damping: float = 0.0, power: float = 0.5
 ) -> Basis:
-    """B = V_k diag((λ_j + δ λ_1)^-power): from the Gram matrix, so memory is N × N beside S.
+    """B = V_k diag((λ_j + δ λ_1)^-power): from the Gram matrix.
+
+    Memory beside S: B, 4 k n bytes; the N × N Gram matrix and its vectors, 16 N² bytes; and a block
+    of coordinates in float64, and what is made of it, at most 256 MiB.
 
     Args:
         scores: s_i, a row for each text.
@@ -39,8 +42,9 @@ def whitened(
     """
     count = len(scores)
     gram = np.zeros((count, count))
-    for begin in range(0, scores.shape[1], _BLOCK):
-        block = scores[:, begin : begin + _BLOCK].astype(np.float64)
+    columns = max(1, _BLOCK // max(256, count))
+    for begin in range(0, scores.shape[1], columns):
+        block = scores[:, begin : begin + columns].astype(np.float64)
         gram += block @ block.T
     values, vectors = np.linalg.eigh(gram)
     values, vectors = values[::-1].clip(min=0.0), vectors[:, ::-1]
@@ -54,6 +58,7 @@ def whitened(
     scale = (curvature[:dimensions] + damping * curvature[0]) ** -power
     mix = (chosen / np.sqrt(values[:dimensions]) * scale).T
     rows = np.empty((dimensions, scores.shape[1]), np.float32)
-    for begin in range(0, scores.shape[1], _BLOCK):
-        rows[:, begin : begin + _BLOCK] = mix @ scores[:, begin : begin + _BLOCK].astype(np.float64)
+    for begin in range(0, scores.shape[1], columns):
+        part = slice(begin, begin + columns)
+        rows[:, part] = mix @ scores[:, part].astype(np.float64)
     return Basis(rows, curvature)

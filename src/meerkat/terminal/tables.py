@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the help texts need no torch
     from meerkat.federation.selection import Verdict
     from meerkat.runs.finding_mask import FoundMask
     from meerkat.runs.trajectories import Gradip
+    from meerkat.spaces.subspace import Subspace
 
 __all__ = ["figures_table", "gradip_table", "mask_table", "summary_table"]
 
@@ -61,9 +62,24 @@ def mask_table(found: FoundMask) -> list[str]:
     lines.append("most of them lie in")
     for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]:
         lines.append(f"  {count / mask.size:6.1%}  {name}")
+    if mask.subspace is not None:
+        lines.append(_within(mask.subspace))
     if found.path is not None:
         lines.append(f"mask {found.path}")
     return lines
+
+
+def _within(subspace: Subspace) -> str:
+    """A line about a subspace: how much of the curvature its directions hold."""
+    line = f"a subspace of {subspace.dimensions:,} directions, {subspace.kind}"
+    total = sum(subspace.curvature)
+    if subspace.kind == "aligned" and total > 0:
+        held = sum(subspace.curvature[: subspace.dimensions]) / total
+        line += (
+            f": they hold {held:.0%} of the curvature over {len(subspace.curvature):,} texts, the "
+            f"first alone {subspace.curvature[0] / total:.0%}"
+        )
+    return line
 
 
 def summary_table(summary: dict[str, Any], directory: Path) -> Table:
@@ -77,6 +93,11 @@ def summary_table(summary: dict[str, Any], directory: Path) -> Table:
     up, down = summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"]
     rows["bytes a client and round"] = f"{up:.0f} up, {down:.0f} down"
     rows["parameters that moved"] = f"{summary['mask_size']:,}"
+    if within := summary.get("subspace"):
+        half, largest = within["half_in"], within["largest"]
+        rows["subspace"] = f"{within['dimensions']:,} directions"
+        if largest is not None:
+            rows["subspace"] += f"; half of |w|² in {half:,} of them, most in number {largest:,}"
     if summary["stopped_early"]:
         stopped = ", ".join(map(str, summary["stopped_early"]))
         rows["stopped early"] = stopped if len(stopped) <= 60 else f"{stopped[:60]} …"

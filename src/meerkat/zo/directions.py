@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
 
 from meerkat.zo.axes import AXES, Along, axis
 from meerkat.zo.noise import SHARED, Kind, NoiseKey, draw
+from meerkat.zo.orthogonal import orthogonal_direction
 
-__all__ = ["DirectionKey", "FreshKeys", "KeyScheme", "PerturbationStream"]
+__all__ = ["DirectionKey", "DirectionKind", "FreshKeys", "KeyScheme", "PerturbationStream"]
+
+DirectionKind: TypeAlias = Kind | Literal["orthogonal"]
+"""Independent values of z, or directions that are orthogonal in blocks."""
 
 _KEPT_BYTES = 64 * 2**20
 """Most bytes of a run's directions that are kept after they were drawn."""
@@ -60,12 +64,15 @@ class PerturbationStream:
     seed: int
     n: int
     """Values of a direction: those of θ."""
-    kind: Kind = "gaussian"
+    kind: DirectionKind = "gaussian"
     shared: bool = True
     """One direction for all clients of a step, or one for each client."""
     perturbations: int = 1
     """Q, directions that a step averages over."""
     scheme: KeyScheme = field(default_factory=FreshKeys)
+    local_steps: int = 1
+    clients: int = 1
+    """Steps of a round, and clients of the run: what orthogonal directions are counted by."""
 
     def owner(self, client: int) -> int:
         """Whose direction a client's step goes along."""
@@ -98,8 +105,21 @@ class PerturbationStream:
         """
         if key.client == AXES:
             return axis(self.n, key.perturbation)
+        if self.kind == "orthogonal":
+            lap, place = self._place(key)
+            return orthogonal_direction(self.seed, lap, place, self.n)
         coordinates = NoiseKey(self.seed, key.round, key.step, key.perturbation, key.client)
         return _recent(coordinates, self.n, self.kind)
+
+    def _place(self, key: DirectionKey) -> tuple[int, int]:
+        """Which sequence of directions, and how many of it come before: round by round, step by
+        step, client by client. Steps beyond those of a round (a calibration's) have sequences of
+        their own."""
+        lap, step = divmod(key.step, self.local_steps)
+        place = key.round * self.local_steps + step
+        if not self.shared:
+            place = place * self.clients + key.client
+        return lap, place * self.perturbations + key.perturbation
 
 
 _kept: OrderedDict[tuple[NoiseKey, int, Kind], Float32[np.ndarray, " n"]] = OrderedDict()
