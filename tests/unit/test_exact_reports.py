@@ -582,6 +582,17 @@ def test_the_fingerprint_of_a_run_without_them_is_as_it_was() -> None:
     assert numbers == [1, 1, K, K]
 
 
+def test_the_rate_of_exact_gradients_is_that_of_many_directions() -> None:
+    def rate(**sections: Any) -> float:
+        return make_recipe(subspace=SUBSPACE, **sections).learning_rate
+
+    many = rate(noise={"directions": "per-client", "perturbations": 255})
+    assert rate() < many < rate(optimizer={"estimator": "backward"}) == 1.0
+    # Who is able is not known beforehand: the rate is one that holds without anybody.
+    assert rate(optimizer={"exact_clients": "able"}) == rate()
+    assert rate(optimizer={"estimator": "backward", "learning_rate": 0.3}) == 0.3
+
+
 def test_a_node_is_able_where_its_operator_says_so() -> None:
     node = {"partition-id": 0}
     assert not NodeConfig.of(node).gradients
