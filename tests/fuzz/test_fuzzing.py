@@ -888,7 +888,7 @@ def check_recipe(text: str, recipe: Recipe) -> None:
     assert recipe.runtime.cache_dir is None
     assert recipe.model.name == "here"
     assert isinstance(recipe.fingerprint, str)
-    assert math.isfinite(recipe.optimizer.learning_rate)
+    assert math.isfinite(recipe.learning_rate)
     assert math.isfinite(recipe.epsilon)
     # What was read is what was sent: nothing is dropped, and another node reads the same.
     assert set(json.loads(text)) <= set(Recipe.model_fields)
