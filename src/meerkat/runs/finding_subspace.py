@@ -32,6 +32,7 @@ from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
 from meerkat.tasks import Example, Task
+from meerkat.transport.handshake import same_probe
 from meerkat.zo.noise import NoiseKey, draw, permutation
 
 __all__ = ["find_subspace"]
@@ -66,7 +67,7 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Fo
         return FoundMask(replace(mask, subspace=_random(mask, section)))
     path = cache_path(sources.recipe.runtime, "subspaces", _fixed_by(sources, mask, section))
     kept = read_cached(path, sources.loaded.fingerprint)
-    if kept is not None:
+    if kept is not None and same_probe(sources.loaded.probe, kept.probe):
         return FoundMask(replace(mask, subspace=kept.subspace), path)
     mask = replace(mask, subspace=_aligned(sources, mask, section))
     save_mask(mask, path)
