@@ -138,6 +138,9 @@ class SubspaceSection(Section):
     """δ, as a share of the largest curvature."""
     power: Annotated[float, Field(ge=0, le=1)] = 0.5
     """0.5 makes the curvature of all directions one, 0 leaves it."""
+    start: Literal["balanced", "loaded"] = "balanced"
+    """Where training starts: where the public texts prefer no answer on average (of an aligned
+    subspace for a task with answers), or at the model as it was loaded."""
     seed: Seed = 0
     """Which texts, and what is drawn."""
 
