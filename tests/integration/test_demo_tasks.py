@@ -26,9 +26,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["debian_sections", "debian_sections_4", "wordnet_pairs"])
+SKEWED = {"kind": "dirichlet", "alpha": 0.5, "min_size": 8}
+
+
 @pytest.mark.parametrize(
-    "partition", [{"kind": "dirichlet", "alpha": 0.5, "min_size": 8}, {"kind": "single-label"}]
+    ("name", "partition"),
+    [
+        ("debian_sections", SKEWED),
+        ("debian_sections", {"kind": "natural"}),
+        ("debian_sections_4", {"kind": "single-label"}),
+        ("debian_sections_4", {"kind": "natural", "min_size": 100}),
+        ("wordnet_pairs", SKEWED),
+    ],
 )
 def test_a_run_on_a_snapshot(
     name: str,

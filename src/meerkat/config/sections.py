@@ -164,6 +164,8 @@ class TaskSection(Section):
     """The answer for each label: in label order, or by label."""
     answer: str | None = None
     """Column of a free-text answer; the loss is then the mean token loss over it."""
+    holder: Annotated[str | None, Neutral(None)] = None
+    """Column that says who holds a row, if not the task's; a natural partition needs it."""
     cut: str | None = None
     """The field that is shortened when an example is longer than `max_length`."""
     max_length: Annotated[int, Field(ge=8, lt=2**20)] = 256
@@ -175,7 +177,7 @@ class TaskSection(Section):
 
 
 class Partition(Section):
-    kind: Literal["iid", "dirichlet", "pathological", "single-label"] = "iid"
+    kind: Literal["iid", "dirichlet", "pathological", "single-label", "natural"] = "iid"
     """How the examples are split over the clients."""
     alpha: Positive = 0.5
     """Concentration of the Dirichlet distribution."""

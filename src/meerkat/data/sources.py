@@ -84,7 +84,7 @@ def load_folder(task: Task, folder: Path) -> Split:
         name: _unique(
             example
             for path in paths
-            for example in _examples(replace(task, source=str(path)), name)
+            for example in _examples(replace(task, source=str(path), holder=None), name)
         )
         for name, paths in found.items()
     }
@@ -104,6 +104,7 @@ def _unique(examples: Iterable[Example]) -> dict[tuple[str, ...], Example]:
 def _examples(task: Task, split: str) -> Iterator[Example]:
     labels = {name: index for index, name in enumerate(task.label_names)}
     needed = (*task.fields, task.answer if task.answer is not None else task.label)
+    needed = needed if task.holder is None else (*needed, task.holder)
     for number, row in enumerate(_rows(task, split), start=1):
         where = f"task.source = {task.source!r}, {split} row {number}"
         missing = [column for column in needed if column not in row]
@@ -115,10 +116,11 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
         if any(_is_blank(value) for value in fields.values()):
             blank = next(field for field, value in fields.items() if _is_blank(value))
             raise DataError(f"{where}: column {blank!r} is empty; remove the row or fill it in")
+        holder = "" if task.holder is None else str(row[task.holder])
         if task.answer is not None:
             if _is_blank(row[task.answer]):
                 raise DataError(f"{where}: column {task.answer!r} is empty; remove the row")
-            yield Example(fields, answer=str(row[task.answer]))
+            yield Example(fields, answer=str(row[task.answer]), holder=holder)
             continue
         label = _label_text(row[task.label])
         if label not in labels:
@@ -126,7 +128,7 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
                 f"{where}: label {label!r} has no verbalizer; task.verbalizers has "
                 f"{', '.join(labels)}"
             )
-        yield Example(fields, label=labels[label])
+        yield Example(fields, label=labels[label], holder=holder)
 
 
 def _is_blank(value: Any) -> bool:

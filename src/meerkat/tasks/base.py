@@ -37,6 +37,8 @@ class Task:
     train_split: str = "train"
     test_split: str | None = None
     """Split to evaluate on; without one, a part of the training split is held out."""
+    holder: str | None = None
+    """Column that says who holds a row, for a natural partition."""
     cut: str | None = None
     """The field that is shortened when an example is too long; the first field by default."""
 
@@ -67,3 +69,5 @@ class Example:
     fields: dict[str, Any]
     label: int = 0
     answer: str = ""
+    holder: str = ""
+    """Who holds it, where the task has a column for that."""

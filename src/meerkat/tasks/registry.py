@@ -102,6 +102,7 @@ _ALL = (
         verbalizers=("fonts", "games", "graphics", "email", "math", "science", "music", "web"),
         labels=("fonts", "games", "graphics", "mail", "math", "science", "sound", "web"),
         label="section",
+        holder="maintainer",
         test_split="test",
     ),
     Task(
@@ -112,6 +113,7 @@ _ALL = (
         verbalizers=("fonts", "games", "science", "music"),
         labels=("fonts", "games", "science", "sound"),
         label="section",
+        holder="maintainer",
         test_split="test",
     ),
     # As `wic`, from WordNet's example sentences.
