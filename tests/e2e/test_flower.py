@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from cluster import ENVIRONMENT, Cluster, free_port, running, wait_until
 from commands import meerkat_process, toml_of
-from flower_runs import MANY, ROOT, finished, nodes_of, rounds_of
+from flower_runs import MANY, ROOT, finished, nodes_of, rounds_of, start_node
 
 import meerkat
 
@@ -151,6 +151,39 @@ def test_a_deployment_over_messages_is_the_local_run(trial: dict[str, Any], tmp_
                 (folder / "later.csv").rename(folder / "test.csv")
     assert summary["state_digest"] == trial["local"]["state_digest"]
     assert summary["after"] == {}
+
+
+def test_mixed_runs_have_the_local_bits_simulated_and_deployed(
+    tiny_recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    """A simulation lets every client give exact gradients; a SuperNode gives them if it is told."""
+    data = json.loads(json.dumps(tiny_recipe_data))
+    data["federation"] |= {"clients": 2, "rounds": 3}
+    data |= {"subspace": {"kind": "random", "dimensions": 4}}
+    data["optimizer"] = {"learning_rate": 0.1, "epsilon": 0.1, "exact_clients": [1]}
+    recipe, mask = tmp_path / "tiny.toml", tmp_path / "mask.safetensors"
+    recipe.write_text(toml_of(data))
+    local = meerkat.run(recipe, out=tmp_path / "local")
+    out = tmp_path / "simulated"
+    process = meerkat_process("run", recipe, "--out", out, "--engine", "flower")
+    printed, _ = process.communicate(timeout=480)
+    assert process.returncode == 0, printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["state_digest"] == local["state_digest"]
+
+    data["optimizer"]["exact_clients"] = "able"
+    recipe.write_text(toml_of(data))
+    meerkat.calibrate(recipe, out=mask)
+    trial = {"data": meerkat.split(recipe, tmp_path / "data")}
+    environment = {"MEERKAT_CACHE": str(tmp_path / "cache")}
+    out = tmp_path / "deployed"
+    config = {"recipe": str(recipe), "mask": str(mask), "out": str(out)}
+    with Cluster(tmp_path, environment=environment) as cluster:
+        config["network.listen"] = f"127.0.0.1:{free_port()}"
+        start_node(cluster, trial, 0)
+        start_node(cluster, trial, 1, gradients=True)
+        summary = finished(cluster, cluster.run(ROOT, config), out)
+    assert summary["state_digest"] == local["state_digest"]
 
 
 @pytest.mark.real

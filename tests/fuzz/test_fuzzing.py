@@ -93,6 +93,7 @@ from meerkat.transport.server_frames import (
 from meerkat.transport.stream import Invitation, Tokens
 from meerkat.transport.stream.certificates import fresh_identity
 from meerkat.transport.stream.invitation import metadata, read_metadata, split_address
+from meerkat.zo.axes import AXES
 from meerkat.zo.directions import DirectionKey
 from meerkat.zo.log import LogEntry, Update
 from meerkat.zo.state import ModelState
@@ -316,10 +317,14 @@ lines = st.text(max_size=200).map(lambda t: "".join(c if c.isprintable() else "?
 u8 = st.sampled_from((0, 1, 255)) | st.integers(0, 255)
 keys = st.builds(DirectionKey, u32, u16, u8, u32)
 entries = st.builds(LogEntry, keys, float64)
-updates = st.builds(Update, float32, st.lists(entries, min_size=1, max_size=3).map(tuple))
+axes = st.lists(float64, min_size=1, max_size=5).map(tuple)
+updates = st.builds(
+    Update, float32, st.lists(entries, min_size=1, max_size=3).map(tuple), st.just(()) | axes
+) | st.builds(Update, float32, st.just(()), axes)
 logs = st.lists(updates, max_size=3).map(tuple)
 steps = st.sampled_from((1, 2**16 - 1)) | st.integers(1, 2**16 - 1)
-plans = st.builds(RoundPlan, u32, steps, float32, u32, u32, logs)
+kinds = st.sampled_from(("drawn", "axes"))
+plans = st.builds(RoundPlan, u32, steps, float32, u32, u32, logs, kinds)
 shapes = st.sampled_from(((1, 1), (1, 255), (300, 1))) | st.tuples(
     st.integers(1, 6), st.integers(1, 4)
 )
@@ -331,7 +336,8 @@ def made_reports(draw: st.DrawFn) -> ClientReport:
     few = draw(st.lists(float32, min_size=1, max_size=6))
     scalars = tuple((few * (count * perturbations))[: count * perturbations])
     digest = draw(st.binary(min_size=DIGEST_BYTES, max_size=DIGEST_BYTES))
-    return ClientReport(draw(u32), draw(u32), draw(u32), count, perturbations, digest, scalars)
+    head = draw(u32), draw(u32), draw(u32), count, perturbations
+    return ClientReport(*head, digest, scalars, draw(kinds))
 
 
 metric_names = st.sampled_from((*METRICS, "!", "~" * 255)) | st.text(
@@ -350,7 +356,7 @@ def made_evaluations(draw: st.DrawFn) -> Evaluation:
 reports, evaluations = made_reports(), made_evaluations()
 UP: dict[type, st.SearchStrategy[Any]] = {
     WantSpace: st.builds(WantSpace),
-    Hello: st.builds(Hello, u32, u32, u32, u32, proofs),
+    Hello: st.builds(Hello, u32, u32, u32, u32, proofs, st.booleans()),
     Report: st.builds(Report, reports),
     Need: st.builds(Need, u32),
     Evaluation: evaluations,
@@ -404,8 +410,9 @@ def check_frame(data: bytes, frame: Any) -> None:
             assert state == data[5:]
         case EvaluateRequest() | Need():
             check_u32(*astuple(frame))
-        case Hello(client, examples, held_out, position, proof):
+        case Hello(client, examples, held_out, position, proof, gradients):
             check_u32(client, examples, held_out, position)
+            assert type(gradients) is bool
             check_proof(proof)
         case Evaluation(number, examples, found):
             check_u32(number, examples)
@@ -442,6 +449,7 @@ def check_text(data: bytes, frame: Any, text: str) -> None:
 def check_plan(data: bytes, plan: RoundPlan) -> None:
     check_u32(plan.round, plan.first_step, plan.log_start)
     assert 1 <= plan.steps < 2**16
+    assert plan.along in ("drawn", "axes")
     assert math.isfinite(plan.learning_rate)
     check_updates(data[24:], plan.updates)
     assert encode_plan(plan) == data
@@ -449,7 +457,8 @@ def check_plan(data: bytes, plan: RoundPlan) -> None:
 
 def check_updates(data: bytes, log: tuple[Update, ...]) -> None:
     for update in log:
-        assert update.entries
+        assert update.entries or update.axes
+        assert all(map(math.isfinite, update.axes))
         assert math.isfinite(update.learning_rate)
         for entry in update.entries:
             check_u32(entry.key.round, entry.key.client)
@@ -539,7 +548,11 @@ TARGETS["decode_updates"] = Target(
     junk,
     lambda rng: rng.randbytes(24 * rng.randrange(4)) + (junk(rng) if rng.random() < 0.3 else b""),
     damage,
-    bombs=(b"\1" * 24_000, b"\xff" * 24_000),
+    bombs=(
+        b"\1" * 24_000,
+        b"\xff" * 24_000,
+        *(struct.pack("<IHBBIfd", n, 0, 0, 3, AXES, 0.5, 1.0) + bytes(800) for n in EDGES),
+    ),
 )
 
 

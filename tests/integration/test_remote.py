@@ -653,11 +653,11 @@ BROKEN: dict[str, tuple[Callable[[ClientReport], Any], str]] = {
     "head": (lambda r: encode(Report(r))[:9], "too short for a report"),
     "newer": (
         lambda r: bytes([66, 9]) + encode(Report(r))[2:],
-        "the client speaks version 9 of the protocol, a newer one; this side speaks 2: install",
+        "the client speaks version 9 of the protocol, a newer one; this side speaks 3: install",
     ),
     "older": (
         lambda r: bytes([66, 1]) + encode(Report(r))[2:],
-        "the client speaks version 1 of the protocol, an older one; this side speaks 2: install",
+        "the client speaks version 1 of the protocol, an older one; this side speaks 3: install",
     ),
     "kind": (lambda r: bytes([200]), "kind 200 has no place here"),
     "empty": (lambda r: b"", "no kind has no place here"),
@@ -849,7 +849,7 @@ def test_a_hello_of_another_version_is_refused(make_run: MakeRun, version: int, 
     hosted.run()
     line = hosted.line(
         f"peer 12: the client speaks version {version} of the protocol, {age} one; this side "
-        "speaks 2: install"
+        "speaks 3: install"
     )
     (refused,) = (frame for frame in wrong.received if isinstance(frame, Refused))
     assert refused.reason in line

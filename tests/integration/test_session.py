@@ -469,6 +469,165 @@ def test_early_stopping_in_a_subspace_survives_interruptions(
     assert meerkat.gradip(remote.out).paths == meerkat.gradip(tmp_path / "local").paths
 
 
+EXACT_RUNS: dict[str, dict[str, Any]] = {
+    "backward": {"optimizer": {"estimator": "backward"}},
+    "backward, adam": {"optimizer": {"estimator": "backward", "rule": "adam"}},
+    "mixed": {"optimizer": {"exact_clients": [0, 2]}},
+    "mixed, per client": {
+        "optimizer": {"exact_clients": [1]},
+        "noise": {"directions": "per-client", "perturbations": 2},
+        "federation": {"weighting": "examples"},
+    },
+    "forward-mode": {"optimizer": {"estimator": "forward-mode"}},
+    "mixed, gradip": {
+        "optimizer": {"exact_clients": [0, 2]},
+        "selection": {"kind": "gradip", "apply": True, "signal": "gradip", "every": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("anew", ["stay", "anew", "remember"])
+@pytest.mark.parametrize("name", EXACT_RUNS)
+def test_exact_reports_of_sessions_give_the_local_bits(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path, name: str, anew: str
+) -> None:
+    """With real forward and backward passes, in one process or in a new one for each message."""
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    recipe = recipe_of(tiny_recipe_data, **merged(EXACT_RUNS[name], subspace=subspace))
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    nodes = [NodeConfig(number, gradients=True) for number in range(3)]
+    remote = RemoteRun(recipe, tmp_path / "remote", made, nodes)
+    remote.anew, remote.remember = anew != "stay", anew == "remember"
+    assert remote.run()["state_digest"] == local["state_digest"]
+    assert content(remote.out) == content(tmp_path / "local")
+    same_evaluations(remote.out, tmp_path / "local")
+
+
+@pytest.mark.parametrize("by", ["log", "snapshot"])
+def test_a_late_client_gets_what_exact_reports_gave(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path, by: str
+) -> None:
+    """It starts anew within round 2: two updates along axes are as small as the state of Adam."""
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    chosen = {"estimator": "backward"} if by == "log" else {"exact_clients": [0]}
+    optimizer = {"rule": "adam", **chosen}
+    federation = {"local_steps": 1}
+    recipe = recipe_of(
+        tiny_recipe_data, subspace=subspace, optimizer=optimizer, federation=federation
+    )
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    nodes = [NodeConfig(number, gradients=True) for number in range(3)]
+    remote = RemoteRun(recipe, tmp_path / "remote", made, nodes)
+    done: list[int] = []
+
+    def restart(peer: int, frame: DownFrame) -> bool:
+        if peer != 11 or not isinstance(frame, Plan) or frame.plan.round != 2 or done:
+            return False
+        done.append(peer)
+        remote.peers.reconnect(peer)
+        return True
+
+    remote.before = restart
+    assert remote.run()["state_digest"] == local["state_digest"]
+    assert done
+    assert content(remote.out) == content(tmp_path / "local")
+    plans = [f.plan for p, f in remote.peers.sent if p == 11 and isinstance(f, Plan)]
+    again = next(plan for plan in reversed(plans) if plan.round == 2)
+    lacking = [len(update.axes) for update in again.updates]
+    assert (again.log_start, lacking) == ((0, [4, 4]) if by == "log" else (2, []))
+    snapshots = [f for p, f in remote.peers.sent if p == 11 and isinstance(f, Snapshot)]
+    assert bool(snapshots) == (by == "snapshot")
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["clients stay", "clients start anew"])
+@pytest.mark.parametrize("name", ["backward, adam", "mixed, gradip"])
+def test_interruptions_of_exact_runs_leave_no_trace(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path, name: str, anew: bool
+) -> None:
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    recipe = recipe_of(tiny_recipe_data, **merged(EXACT_RUNS[name], subspace=subspace))
+    local = local_run(recipe, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    nodes = [NodeConfig(number, gradients=True) for number in range(3)]
+    remote, failures = RemoteRun(recipe, tmp_path / "remote", made, nodes), 0
+    remote.cut_in = 13
+    while True:
+        with suppress(RunError):
+            summary = remote.run()
+            break
+        failures += 1
+        if anew:
+            new_process()
+    assert failures >= 1
+    assert content(remote.out) == content(tmp_path / "local")
+    assert summary["state_digest"] == local["state_digest"]
+
+
+def test_clients_that_are_able_report_the_exact_gradient(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path
+) -> None:
+    """What a hello says is what a plan asks for; in this process every client is able."""
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    named = recipe_of(tiny_recipe_data, subspace=subspace, optimizer={"exact_clients": [1]})
+    able = recipe_of(tiny_recipe_data, subspace=subspace, optimizer={"exact_clients": "able"})
+    local_run(named, tmp_path / "local")
+    made = remote_run.load_server_mask(tmp_path / "local/mask.safetensors")
+    nodes = [NodeConfig(number, gradients=number == 1) for number in range(3)]
+    remote = RemoteRun(able, tmp_path / "remote", made, nodes)
+    remote.run()
+    assert content(remote.out) == content(tmp_path / "local")
+    kinds = {(p, frame.plan.along) for p, frame in remote.peers.sent if isinstance(frame, Plan)}
+    assert kinds == {(10, "drawn"), (11, "axes"), (12, "drawn")}
+    nobody = RemoteRun(able, tmp_path / "nobody", made)
+    nobody.run()
+    plain = recipe_of(tiny_recipe_data, subspace=subspace)
+    local_run(plain, tmp_path / "plain")
+    assert content(nobody.out) == content(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("optimizer", [{"estimator": "backward"}, {"exact_clients": [1]}])
+def test_a_client_that_is_not_able_is_told_the_way_out(
+    tiny_recipe_data: dict[str, Any],
+    sentences_file: Path,
+    tmp_path: Path,
+    optimizer: dict[str, Any],
+) -> None:
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    recipe = recipe_of(tiny_recipe_data, subspace=subspace, optimizer=optimizer)
+    made_path = tmp_path / "mask.safetensors"
+    meerkat.calibrate(recipe, out=made_path)
+    made = remote_run.load_server_mask(made_path)
+    nodes = [NodeConfig(number, gradients=number != 1) for number in range(3)]
+    remote = RemoteRun(recipe, tmp_path / "remote", made, nodes)
+    remote.run()
+    line = next(line for line in remote.lines if "client 1" in line and "refused" in line)
+    assert "is to report the exact gradient, and its node does not allow that" in line
+    assert "--node-config gradients = true" in line
+    with closing(Journal.open(remote.out / "journal.sqlite")) as journal:
+        taken = {report.client for record, _ in journal.records() for report in record.reports}
+    assert taken == {0, 2}
+
+
+def test_a_node_gives_no_gradient_that_its_operator_does_not_allow(
+    tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path
+) -> None:
+    """Whatever the server asks for."""
+    subspace = {"dimensions": 4, "texts": 12, "corpus": str(sentences_file)}
+    recipe = recipe_of(tiny_recipe_data, subspace=subspace)
+    meerkat.calibrate(recipe, out=tmp_path / "mask.safetensors")
+    made = remote_run.load_server_mask(tmp_path / "mask.safetensors")
+    proof = Proof(made.model, made.fingerprint, noise.fingerprint(), made.configuration, made.probe)
+    node = NodeConfig(0, mask=tmp_path / "mask.safetensors")
+    session = ClientSession(node)
+    session.begin(Setup(recipe.to_json(), proof, "session", False))
+    for along, kind in (("axes", Failed), ("drawn", Report)):
+        plan = RoundPlan(0, 1, 0.1, 0, 0, along=along)  # type: ignore[arg-type]
+        (answer,) = session.answer(encode(Plan(plan)))
+        assert isinstance(decode_up(answer), kind)
+
+
 @pytest.mark.parametrize("by", ["log", "snapshot"])
 @pytest.mark.parametrize("rule", [MOMENTUM, ADAM], ids=["momentum", "adam"])
 def test_a_client_that_joins_late_gets_the_state_of_the_rule(

@@ -399,6 +399,9 @@ class _DirectEngine:
     def present(self) -> Collection[int]:
         return self._present(self._round)
 
+    def able(self) -> Collection[int]:
+        return self.present()
+
     def run(self, assignment: Assignment) -> Outcome:
         number = next(iter(assignment.plans.values())).round
         start = initial_of(self._algorithm) if number == CALIBRATION else assignment.state

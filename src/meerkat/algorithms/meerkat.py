@@ -43,7 +43,8 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
             f"{noise.perturbations}; raise it"
         )
     shared = noise.directions == "shared"
-    if not shared and federation.aggregator.kind != "mean":
+    by_axis = optimizer.estimator.kind == "backward"
+    if not (shared or by_axis) and federation.aggregator.kind != "mean":
         # Each client's coefficient is an entry of its own then: an aggregator would see none.
         raise RecipeError(
             f"federation.aggregator = {federation.aggregator.kind!r} needs a direction that all "

@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float64
 
 from meerkat.errors import DivergedError
-from meerkat.federation.aggregation import scalar_matrix, weights
+from meerkat.federation.aggregation import by_precision, scalar_matrix, weights
 from meerkat.federation.aggregators import Aggregator
 from meerkat.federation.messages import ClientReport
 from meerkat.federation.transforms import Place, Transform
+from meerkat.zo.axes import Along
 from meerkat.zo.directions import DirectionKey, PerturbationStream
 from meerkat.zo.estimators import Estimate, Estimator, LossesAt
+from meerkat.zo.estimators.backward import Backward
 from meerkat.zo.log import LogEntry, Update, apply_log
 from meerkat.zo.state import ModelState, Theta
 from meerkat.zo.update_rules import UpdateRule
@@ -40,24 +43,33 @@ class ZerothOrder:
         return self.rule.init(theta)
 
     def local_step(
-        self, losses_at: LossesAt, round: int, step: int, client: int, learning_rate: float
+        self,
+        losses_at: LossesAt,
+        round: int,
+        step: int,
+        client: int,
+        learning_rate: float,
+        along: Along = "drawn",
     ) -> tuple[Update, Estimate]:
-        keys = self.stream.keys(round, step, client)
-        drawn = [self.stream.z(key) for key in keys]
-        estimate = self.estimator.estimate(losses_at, drawn, self.epsilon)
+        if along == "axes":
+            estimate = Backward().estimate(losses_at, (), self.epsilon)
+        else:
+            drawn = [self.stream.z(key) for key in self.stream.keys(round, step, client)]
+            estimate = self.estimator.estimate(losses_at, drawn, self.epsilon)
         coefficients = np.array(estimate.coefficients, np.float64)
+        place = Place(self.stream.seed, round, step, client, along)
         for transform in self.transforms:
-            coefficients = transform(coefficients, Place(self.stream.seed, round, step, client))
+            coefficients = transform(coefficients, place)
         rounded = tuple(_float32(value) for value in coefficients.tolist())
-        update = self._update(keys, rounded, learning_rate)
+        update = self._update(rounded, place, learning_rate)
         return update, replace(estimate, coefficients=rounded)
 
     def steps(self, report: ClientReport, learning_rate: float) -> Iterator[Update]:
         count = report.perturbations
         for step in range(report.steps):
             scalars = report.scalars[step * count : (step + 1) * count]
-            keys = self.stream.keys(report.round, step, report.client)
-            yield self._update(keys, scalars, learning_rate)
+            place = Place(self.stream.seed, report.round, step, report.client, report.along)
+            yield self._update(scalars, place, learning_rate)
 
     def aggregate(
         self, reports: Sequence[ClientReport], learning_rate: float
@@ -66,38 +78,81 @@ class ZerothOrder:
 
         With a direction for each client there is nothing to aggregate: each keeps an entry of its
         own, p_k g_k, and those of one key are added up. Reports are sorted, so the order of arrival
-        cannot matter. Several perturbations are averaged: each entry is divided by Q.
+        cannot matter. Several perturbations are averaged: each entry is divided by Q. Exact reports
+        are aggregated axis by axis; beside reports along drawn directions each counts by what it
+        brings (`aggregation.by_precision`).
         """
         reports = sorted(reports, key=lambda report: report.client)
         shares = weights(reports, self.weighting, self.weight_cap)
-        matrix = scalar_matrix(reports)
-        count, number = self.stream.perturbations, reports[0].round
+        shares = by_precision(shares, reports, self.stream.n, self.stream.kind)
+        drawn, exact = (_group(reports, shares, along) for along in ("drawn", "axes"))
         updates = []
-        for step in range(matrix.shape[1] // count):
-            columns = matrix[:, step * count : (step + 1) * count]
-            if self.stream.shared:
-                keys = self.stream.keys(number, step, reports[0].client)
-                values = [self.aggregator(column, shares) / count for column in columns.T]
-                found = list(zip(keys, values, strict=True))
-            else:
-                found = [
-                    (key, float(columns[row, q] * shares[row]) / count)
-                    for row, report in enumerate(reports)
-                    if step < report.steps
-                    for q, key in enumerate(self.stream.keys(number, step, report.client))
-                ]
-            updates.append(Update(learning_rate, _merged(found)))
+        for step in range(max(report.steps for report in reports)):
+            entries = _merged(self._entries(drawn, step)) if drawn else ()
+            axes = tuple(self._aggregated(exact, step)) if exact else ()
+            updates.append(Update(learning_rate, entries, axes))
         return tuple(updates)
+
+    def _entries(self, group: _Group, step: int) -> Iterator[tuple[DirectionKey, float]]:
+        """What reports along drawn directions give a step, before entries of one key are merged."""
+        number = group.reports[0].round
+        if self.stream.shared:
+            if group.columns(step).size:
+                keys = self.stream.keys(number, step, group.reports[0].client)
+                yield from zip(keys, self._aggregated(group, step), strict=True)
+            return
+        for row, report in enumerate(group.reports):
+            if step < report.steps:
+                keys = self.stream.keys(number, step, report.client)
+                for value, key in zip(group.columns(step)[row], keys, strict=True):
+                    yield key, group.whole * float(value * group.shares[row]) / len(keys)
+
+    def _aggregated(self, group: _Group, step: int) -> list[float]:
+        """Aggregate along each direction that all of a group share, by their number."""
+        found = [self.aggregator(column, group.shares) for column in group.columns(step).T]
+        return [group.whole * value / len(found) for value in found]
 
     def apply(self, state: ModelState, updates: Iterable[Update]) -> ModelState:
         return apply_log(state, updates, self.rule, self.stream)
 
-    def _update(
-        self, keys: Sequence[DirectionKey], scalars: Sequence[float], learning_rate: float
-    ) -> Update:
+    def _update(self, scalars: Sequence[float], place: Place, learning_rate: float) -> Update:
         """One client's local step: ĝ = (1/Q) Σ_q g_q z_q."""
-        pairs = zip(keys, (scalar / len(keys) for scalar in scalars), strict=True)
-        return Update(learning_rate, _merged(pairs))
+        coefficients = tuple(scalar / len(scalars) for scalar in scalars)
+        if place.along == "axes":
+            return Update(learning_rate, (), coefficients)
+        keys = self.stream.keys(place.round, place.step, place.client)
+        return Update(learning_rate, _merged(zip(keys, coefficients, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Reports of one kind, sorted by client."""
+
+    reports: Sequence[ClientReport]
+    shares: Float64[np.ndarray, " K"]
+    """Weights within the group where there is another one; they add up to 1."""
+    whole: float
+    """The group's weight among all reports."""
+    matrix: Float64[np.ndarray, "K TQ"]
+
+    def columns(self, step: int) -> Float64[np.ndarray, "K Q"]:
+        """g of a step; nothing after the last one of the group."""
+        count = self.reports[0].perturbations
+        return self.matrix[:, step * count : (step + 1) * count]
+
+
+def _group(
+    reports: Sequence[ClientReport], shares: Float64[np.ndarray, " K"], along: str
+) -> _Group | None:
+    """The reports along drawn directions or along axes; None if there are none."""
+    rows = [row for row, report in enumerate(reports) if report.along == along]
+    if not rows:
+        return None
+    chosen, own, whole = [reports[row] for row in rows], shares, 1.0
+    if len(rows) < len(reports):
+        whole = math.fsum(shares[rows].tolist())
+        own = shares[rows] / whole
+    return _Group(chosen, own, whole, scalar_matrix(chosen))
 
 
 def _merged(found: Iterable[tuple[DirectionKey, float]]) -> tuple[LogEntry, ...]:

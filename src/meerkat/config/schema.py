@@ -29,6 +29,9 @@ from meerkat.config.sections import (
 
 __all__ = ["Recipe", "without_neutral"]
 
+_MOST_NUMBERS = 4096
+"""Numbers of a step that a report may have."""
+
 
 class Recipe(Section):
     """A whole run. `Recipe.fingerprint` names it."""
@@ -76,6 +79,7 @@ class Recipe(Section):
                 "a round samples; lower it"
             )
         self._check_selection()
+        self._check_exact()
         return self
 
     def _check_selection(self) -> None:
@@ -107,6 +111,47 @@ class Recipe(Section):
                     "set selection.kind = 'gradip'"
                 )
 
+    def _check_exact(self) -> None:
+        """Is there a subspace for exact gradients, of a size that a report may have?"""
+        optimizer, clients = self.optimizer, self.federation.clients
+        chosen, backward = optimizer.exact_clients, optimizer.estimator.kind == "backward"
+        if not (chosen or backward):
+            return
+        asked = f"optimizer.exact_clients = {chosen!r}"
+        if backward and chosen:
+            raise ValueError(
+                f"{asked} goes with another estimator: with optimizer.estimator = 'backward' all "
+                "clients report the exact gradient; leave it out"
+            )
+        if backward:
+            asked = "optimizer.estimator = 'backward'"
+        if self.subspace is None:
+            raise ValueError(
+                f"{asked} needs a subspace, whose k numbers of gradient are reported; add "
+                "[subspace], or take optimizer.estimator = 'two-point' for all clients"
+            )
+        if self.subspace.dimensions > _MOST_NUMBERS:
+            raise ValueError(
+                f"{asked} reports subspace.dimensions = {self.subspace.dimensions} numbers a "
+                f"step, and may at most {_MOST_NUMBERS}; lower it"
+            )
+        unknown = [client for client in chosen if isinstance(client, int) and client >= clients]
+        if unknown:
+            raise ValueError(
+                f"optimizer.exact_clients: {unknown[0]} is no client of federation.clients = "
+                f"{clients}, who are numbered from 0; leave it out"
+            )
+
+    @property
+    def numbers_per_step(self) -> int:
+        """Most numbers that a report of this run has for a local step."""
+        optimizer, drawn = self.optimizer, self.noise.perturbations
+        if self.subspace is None:
+            return drawn
+        if optimizer.estimator.kind == "backward":
+            return self.subspace.dimensions
+        return max(drawn, self.subspace.dimensions) if optimizer.exact_clients else drawn
+
     @property
     def noise_kind(self) -> Literal["gaussian", "rademacher", "orthogonal"]:
         """The kind of direction after `auto`."""
@@ -122,6 +167,8 @@ class Recipe(Section):
             return self.optimizer.learning_rate
         if self.subspace is None:
             return 1e-5
+        if self.optimizer.estimator.kind == "backward":
+            return 1.0  # as with any number of directions
         owners = 1 if self.noise.directions == "shared" else self.clients_per_round
         return subspace_rate(self.subspace.dimensions, owners * self.noise.perturbations)
 

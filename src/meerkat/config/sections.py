@@ -223,8 +223,14 @@ class Optimizer(Section):
     rule: Annotated[Choice, Neutral("sgd")] = Choice(kind="sgd")
     """The update rule: `sgd` (the method), `momentum` or `adam`; see `zo.update_rules`."""
     estimator: Annotated[Choice, Neutral("two-point")] = Choice(kind="two-point")
-    """From losses to coefficients: `two-point` (the method), `one-sided` or `one-sided-mean`; see
-    `zo.estimators`."""
+    """From losses to coefficients: `two-point` (the method), `one-sided` or `one-sided-mean`;
+    without ε `forward-mode`, the exact slope along a direction, and in a subspace `backward`, its k
+    numbers of exact gradient, for which activations are kept; see `zo.estimators`."""
+    exact_clients: Annotated[
+        Literal["able"] | tuple[Annotated[int, Field(ge=0)], ...], Neutral([])
+    ] = ()
+    """Clients that report the exact gradient in a subspace while the others follow `estimator`:
+    their numbers, or `able` for all whose node says that it can (`--node-config gradients`)."""
     learning_rate: Literal["auto"] | Positive = "auto"
     """Learning rate η. `auto` is 1e-5, what learned best with a sensitivity mask where it was
     measured (docs/experiments.md; 1e-4 diverged there); in a subspace it follows from its

@@ -57,5 +57,8 @@ class Engine(Protocol):
     def present(self) -> Collection[int]:
         """Numbers of the clients that can be given a plan now."""
 
+    def able(self) -> Collection[int]:
+        """Numbers of those of them that can report the exact gradient."""
+
     def run(self, assignment: Assignment) -> Outcome:
         """Give each client its plan and return the reports."""

@@ -31,6 +31,9 @@ class LocalEngine:
     def present(self) -> Collection[int]:
         return range(len(self._clients))
 
+    def able(self) -> Collection[int]:
+        return self.present()
+
     def run(self, assignment: Assignment) -> Outcome:
         """Each client answers its plan; plan and report are encoded and decoded as on the wire."""
         reports, losses, up, down = [], [], 0, 0

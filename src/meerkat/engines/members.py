@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
 
 from meerkat.errors import ProtocolError
@@ -45,6 +45,7 @@ class Members:
         proof: What a client must have in common with the server.
         say: Takes a line for the log.
         rebind: May another peer take over a client whose own has left?
+        exact: Clients that can take part only if they can report the exact gradient.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Members:
         proof: Proof,
         say: Callable[[str], None],
         rebind: bool = False,
+        exact: Collection[int] = (),
     ):
-        self._rebind = rebind
+        self._rebind, self._exact = rebind, exact
         self._transport, self._clients, self._proof, self._say = transport, clients, proof, say
         self._members: dict[int, Member] = {}
         self._by_peer: dict[int, int] = {}
@@ -204,5 +206,10 @@ class Members:
                 f"client {client} came with {self._counts[client][0]} examples to train and "
                 f"{self._counts[client][1]} to evaluate on, and has {counts[0]} and {counts[1]} "
                 "now; put its data back, or start another run"
+            )
+        if client in self._exact and not hello.gradients:
+            return (
+                f"client {client} is to report the exact gradient, and its node does not allow "
+                "that; set --node-config gradients = true, which takes memory for activations"
             )
         return difference(hello.proof, self._proof)

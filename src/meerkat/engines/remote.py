@@ -47,6 +47,7 @@ class RemoteEngine:
         say: Takes a line for the log.
         answered: Called after each client's report, for progress.
         trusted: Are the clients processes of one simulation? Where all of them fail, it ends.
+        exact: Clients that can take part only if they can report the exact gradient.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class RemoteEngine:
         say: Callable[[str], None],
         answered: Callable[[], None] = lambda: None,
         trusted: bool = False,
+        exact: Collection[int] = (),
     ):
         self._transport, self._network, self._mask = transport, network, mask
-        self._members = Members(transport, federation.clients, proof, say, network.rebind)
+        self._members = Members(transport, federation.clients, proof, say, network.rebind, exact)
         self._clients = federation.clients
         sampled = federation.clients_per_round or federation.clients
         self._quorum = network.quorum or sampled // 2 + 1
@@ -95,6 +97,10 @@ class RemoteEngine:
                 "run goes on"
             )
         return self._members.idle
+
+    def able(self) -> Collection[int]:
+        """Connected clients whose hello says that they can report the exact gradient."""
+        return frozenset(k for k in self._members.idle if self._members[k].hello.gradients)
 
     def run(self, assignment: Assignment) -> Outcome:
         """Send each client its plan and collect the reports that arrive in time.

@@ -11,13 +11,15 @@ import numpy as np
 
 from meerkat.engines.base import Assignment
 from meerkat.errors import ProtocolError
+from meerkat.federation.aggregation import largest
 from meerkat.federation.messages import CALIBRATION, ClientReport, RoundPlan
 from meerkat.journal.records import Evaluated
 from meerkat.tasks.metrics import METRICS, metric_values
 from meerkat.transport.client_frames import Evaluation, Hello, Report
 from meerkat.transport.frame import DownFrame, UpFrame, encode
-from meerkat.transport.messages import ENTRY_BYTES
+from meerkat.transport.messages import AXIS_BYTES, ENTRY_BYTES
 from meerkat.transport.server_frames import EvaluateRequest, LogPart, Plan, Snapshot
+from meerkat.zo.axes import Along
 from meerkat.zo.log import Log, Update
 from meerkat.zo.state import ModelState
 
@@ -109,7 +111,7 @@ class RoundRequest:
     def __init__(self, assignment: Assignment, largest: float):
         self._assignment, self._largest = assignment, largest
         self._catch_up = _CatchUp(assignment.state, assignment.log)
-        self._encoded: _Variants[tuple[int | None, int, int], list[bytes]] = _Variants()
+        self._encoded: _Variants[tuple[int | None, int, int, Along], list[bytes]] = _Variants()
         self.reports: dict[int, ClientReport] = {}
         number = next(iter(assignment.plans.values())).round
         self.calibrates = number == CALIBRATION
@@ -120,7 +122,7 @@ class RoundRequest:
         plan, end = self._assignment.plans[client], len(self._assignment.log)
         # Most clients of a round get the same frames, so each variant is encoded once.
         position = self._catch_up.useful(position)
-        variant = position, plan.first_step, plan.steps
+        variant = position, plan.first_step, plan.steps, plan.along
         encoded = self._encoded.get(
             variant, lambda: [encode(frame) for frame in self._frames(plan, position)]
         )
@@ -143,7 +145,7 @@ class RoundRequest:
             raise ProtocolError(f"its report is signed by client {report.client}")
         self._assignment.judge(report)
         _check_examples(hello.examples, report.examples)
-        worst = max(map(abs, report.scalars))
+        worst = largest(report)
         if worst > self._largest:
             raise ProtocolError(
                 f"|g| = {worst:.4g} is more than network.largest_scalar = {self._largest:g}"
@@ -246,4 +248,5 @@ class _CatchUp:
         return self._updates.get(start, lambda: self._log.since(start))
 
     def _is_long(self, position: int) -> bool:
-        return self._log.entries_since(position) * ENTRY_BYTES > self._state.nbytes
+        entries, axes = self._log.entries_since(position), self._log.axes_since(position)
+        return entries * ENTRY_BYTES + axes * AXIS_BYTES > self._state.nbytes

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from meerkat.federation.messages import ClientReport
+from meerkat.zo.axes import Along
 from meerkat.zo.directions import PerturbationStream
 from meerkat.zo.estimators import Estimate, LossesAt
 from meerkat.zo.log import Update
@@ -30,11 +31,20 @@ class Algorithm(Protocol):
         """The state before round 0."""
 
     def local_step(
-        self, losses_at: LossesAt, round: int, step: int, client: int, learning_rate: float
+        self,
+        losses_at: LossesAt,
+        round: int,
+        step: int,
+        client: int,
+        learning_rate: float,
+        along: Along = "drawn",
     ) -> tuple[Update, Estimate]:
         """On the client: one local step's update, from losses near its θ.
 
         The coefficients of the estimate are those that are reported; the update is made from them.
+
+        Args:
+            along: The axes for the exact gradient, which `losses_at` must then have.
 
         Raises:
             DivergedError: A loss or a coefficient is not finite.

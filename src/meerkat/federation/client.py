@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Float64
 
 from meerkat.data.batch_order import batch_indices
-from meerkat.errors import ProtocolError
+from meerkat.errors import ProtocolError, RecipeError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
-from meerkat.spaces.base import ParameterSpace
-from meerkat.tasks.objective import Objective
+from meerkat.spaces.base import DifferentiableSpace, ParameterSpace
+from meerkat.tasks.objective import DifferentiableObjective, Objective
 from meerkat.zo.log import Update
 from meerkat.zo.state import ModelState, Theta
 
@@ -68,7 +68,7 @@ class LocalStep:
     """One local step, as only the client sees it."""
 
     scalars: tuple[float, ...]
-    """The coefficient of each perturbation: what is reported is what is applied."""
+    """The coefficient of each direction: what is reported is what is applied."""
     loss: float
     state: ModelState
     """After the step."""
@@ -105,9 +105,10 @@ class Client:
             client=self.number,
             examples=len(self.examples),
             steps=plan.steps,
-            perturbations=worker.algorithm.stream.perturbations,
+            perturbations=worker.algorithm.stream.count(plan.along),
             state_digest=bytes.fromhex(worker.start(plan).digest)[:DIGEST_BYTES],
             scalars=tuple(scalar for scalars, _ in steps for scalar in scalars),
+            along=plan.along,
         )
         return report, sum(loss for _, loss in steps) / len(steps)
 
@@ -117,7 +118,7 @@ class Client:
         for step in range(plan.steps):
             losses_at = _Losses(worker, state.theta, self.batch(plan.first_step + step))
             update, estimate = algorithm.local_step(
-                losses_at, plan.round, step, self.number, plan.learning_rate
+                losses_at, plan.round, step, self.number, plan.learning_rate, plan.along
             )
             state = algorithm.apply(state, [update])
             yield LocalStep(estimate.coefficients, estimate.loss, state)
@@ -134,3 +135,26 @@ class _Losses:
     def __call__(self, offset: Theta | None) -> Float64[np.ndarray, " S"]:
         self.worker.space.write(self.theta if offset is None else self.theta + offset)
         return self.worker.objective.losses(self.batch)
+
+    def slope(
+        self, direction: Theta
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+        space, objective = self._differentiable()
+        space.write(self.theta)
+        return space.slopes(objective.losses_with_graph(self.batch), direction)
+
+    def gradient(self) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " n"]]:
+        space, objective = self._differentiable()
+        space.write(self.theta)
+        return space.gradient(objective.losses_with_graph(self.batch), len(self.batch))
+
+    def _differentiable(self) -> tuple[DifferentiableSpace, DifferentiableObjective]:
+        space, objective = self.worker.space, self.worker.objective
+        if not isinstance(space, DifferentiableSpace) or not isinstance(
+            objective, DifferentiableObjective
+        ):
+            raise RecipeError(
+                f"{type(objective).__name__} over {type(space).__name__} has no gradient; set "
+                "optimizer.estimator = 'two-point'"
+            )
+        return space, objective

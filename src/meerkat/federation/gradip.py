@@ -12,6 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from meerkat.federation.aggregation import scalar_matrix
 from meerkat.federation.messages import ClientReport
+from meerkat.zo.axes import axis_length
 from meerkat.zo.directions import PerturbationStream
 
 __all__ = ["GradIPScorer", "Trajectories", "magnitudes"]
@@ -59,6 +60,29 @@ class GradIPScorer:
 
     def trajectories(self, reports: Sequence[ClientReport]) -> Trajectories:
         """GradIP, norm and cosine of some reports of one round; rows follow `reports`."""
+        shape = len(reports), max(report.steps for report in reports)
+        gradip, squares = np.zeros(shape), np.zeros(shape)
+        for along, score in (("drawn", self._drawn), ("axes", self._exact)):
+            rows = [row for row, report in enumerate(reports) if report.along == along]
+            if rows:
+                products, lengths = score([reports[row] for row in rows])
+                gradip[rows, : products.shape[1]] = products
+                squares[rows, : lengths.shape[1]] = lengths
+        norm = np.sqrt(np.maximum(squares, 0.0))
+        scale = norm * self._norm
+        return Trajectories(
+            round=reports[0].round,
+            clients=np.array([report.client for report in reports], np.int64),
+            steps=np.array([report.steps for report in reports], np.int64),
+            gradip=gradip,
+            norm=norm,
+            cosine=np.divide(gradip, scale, out=np.zeros_like(gradip), where=scale > 0),
+        )
+
+    def _drawn(
+        self, reports: Sequence[ClientReport]
+    ) -> tuple[Float64[np.ndarray, "K T"], Float64[np.ndarray, "K T"]]:
+        """< p, ĝ > and < ĝ, ĝ > of reports along drawn directions."""
         count, stream = self._stream.perturbations, self._stream
         scalars = scalar_matrix(reports).reshape(len(reports), -1, count) / count
         owners = np.array([stream.owner(report.client) for report in reports], np.int64)
@@ -71,16 +95,18 @@ class GradIPScorer:
                 gradip[rows, step] = _combined(own, products)
                 inner = np.stack([_combined(own, row) for row in gram])
                 squares[rows, step] = _combined(own, inner)
-        norm = np.sqrt(np.maximum(squares, 0.0))
-        scale = norm * self._norm
-        return Trajectories(
-            round=reports[0].round,
-            clients=np.array([report.client for report in reports], np.int64),
-            steps=np.array([report.steps for report in reports], np.int64),
-            gradip=gradip,
-            norm=norm,
-            cosine=np.divide(gradip, scale, out=np.zeros_like(gradip), where=scale > 0),
-        )
+        return gradip, squares
+
+    def _exact(
+        self, reports: Sequence[ClientReport]
+    ) -> tuple[Float64[np.ndarray, "K T"], Float64[np.ndarray, "K T"]]:
+        """The same of exact reports: axes are orthogonal, and < p, z_q > is √k p_q."""
+        size = len(self._gradient)
+        scalars = scalar_matrix(reports).reshape(-1, size) / size
+        estimate = scalars * float(axis_length(size))
+        shape = len(reports), -1
+        products, squares = _combined(estimate, self._gradient), _combined(estimate, estimate.T)
+        return products.reshape(shape), squares.reshape(shape)
 
     def _at(
         self, round: int, step: int, owner: int
@@ -106,7 +132,10 @@ class GradIPScorer:
 
 
 def magnitudes(reports: Sequence[ClientReport]) -> Float64[np.ndarray, "K T"]:
-    """Root mean square of g over the perturbations of a step: |GradIP| without |< p, z >|."""
+    """Root mean square of g over the directions of a step: |GradIP| without |< p, z >|.
+
+    The reports are of one kind. An exact one gives |∇|, which is what others give on average.
+    """
     matrix = scalar_matrix(reports).reshape(len(reports), -1, reports[0].perturbations)
     return np.sqrt(np.mean(matrix * matrix, axis=2))
 

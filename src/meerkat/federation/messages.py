@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meerkat.zo.axes import Along
 from meerkat.zo.log import Update
 
 __all__ = ["CALIBRATION", "DIGEST_BYTES", "ClientReport", "RoundPlan"]
@@ -30,11 +31,13 @@ class RoundPlan:
     """How many updates of the log the server believes the client to have."""
     updates: tuple[Update, ...] = ()
     """The log from there on."""
+    along: Along = "drawn"
+    """What the report is to be along: "axes" asks for the exact gradient."""
 
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What a client answers: one scalar for each local step and perturbation."""
+    """What a client answers: one scalar for each local step and direction."""
 
     round: int
     client: int
@@ -43,7 +46,10 @@ class ClientReport:
     steps: int
     """T_k."""
     perturbations: int
+    """Directions of a step: those that were drawn, or all axes."""
     state_digest: bytes
     """Leading bytes of the digest of the state that it started from."""
     scalars: tuple[float, ...]
-    """g, float32 values; step by step, and within a step by perturbation."""
+    """g, float32 values; step by step, and within a step by direction."""
+    along: Along = "drawn"
+    """The axes where it is the exact gradient."""

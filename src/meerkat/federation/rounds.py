@@ -14,6 +14,7 @@ from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.federation.schedule import Schedule
 from meerkat.federation.state import ServerState
+from meerkat.zo.axes import Along
 from meerkat.zo.log import Log, Update
 from meerkat.zo.noise import permutation
 
@@ -39,13 +40,20 @@ class RoundRecord:
 
 
 def plan_round(
-    schedule: Schedule, state: ServerState, log: Log, present: Collection[int] | None = None
+    schedule: Schedule,
+    state: ServerState,
+    log: Log,
+    present: Collection[int] | None = None,
+    exact: Collection[int] | None = None,
 ) -> dict[int, RoundPlan]:
     """1. Sample clients; tell each its T_k and the log entries that it lacks.
 
     Args:
         present: Clients that can be asked; all by default.
+        exact: Those that report the exact gradient; as the recipe says, if all are able to.
     """
+    if exact is None:
+        exact = schedule.exact_clients()
     clients = schedule.federation.clients
     order = permutation(schedule.seed, (6, state.round), clients).tolist()
     here = None if present is None else frozenset(present)
@@ -64,15 +72,16 @@ def plan_round(
             first_step=int(state.steps_taken[client]),
             log_start=starts[client],
             updates=lacking[starts[client]],
+            along="axes" if client in exact else "drawn",
         )
         for client in sampled
     }
 
 
-def plan_calibration(schedule: Schedule) -> RoundPlan:
+def plan_calibration(schedule: Schedule, along: Along = "drawn") -> RoundPlan:
     """T_cali local steps from the initial state, the same for all clients (method.md section 5)."""
     steps = schedule.selection.calibration_steps
-    return RoundPlan(CALIBRATION, steps, schedule.learning_rate(0), 0, 0)
+    return RoundPlan(CALIBRATION, steps, schedule.learning_rate(0), 0, 0, along=along)
 
 
 def close_round(
@@ -154,12 +163,14 @@ def check_report(
     Raises:
         ProtocolError: It does not; the line names the client and what differs.
     """
-    perturbations = algorithm.stream.perturbations
     where = f"report of client {report.client}"
     if plan is None:
         raise ProtocolError(f"{where}: it was not asked in round {report.round}")
     if report.round != plan.round:
         raise ProtocolError(f"{where}: it is for round {report.round}, this is {plan.round}")
+    if report.along != plan.along:
+        raise ProtocolError(f"{where}: it is along {report.along}, asked was {plan.along}")
+    perturbations = algorithm.stream.count(plan.along)
     if report.steps != plan.steps or report.perturbations != perturbations:
         raise ProtocolError(
             f"{where}: {report.steps} steps of {report.perturbations} perturbations, asked were "

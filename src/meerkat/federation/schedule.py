@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,12 +25,20 @@ class Schedule:
     """η of the first round."""
     decay: Literal["constant", "linear", "cosine"]
     """How it goes on."""
+    exact: Literal["all", "able"] | tuple[int, ...] = ()
+    """Clients that report the exact gradient (method.md section 9)."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Schedule:
         """The schedule of a recipe."""
+        backward = recipe.optimizer.estimator.kind == "backward"
         return cls(
-            recipe.federation, recipe.selection, recipe.seed, recipe.learning_rate, recipe.schedule
+            recipe.federation,
+            recipe.selection,
+            recipe.seed,
+            recipe.learning_rate,
+            recipe.schedule,
+            "all" if backward else recipe.optimizer.exact_clients,
         )
 
     @property
@@ -39,6 +48,24 @@ class Schedule:
     def learning_rate(self, round: int) -> float:
         """η of a round, as the float32 that plan and log carry."""
         return learning_rate(self.first_rate, self.decay, round, self.federation.rounds)
+
+    def exact_clients(self, able: Callable[[], Collection[int]] | None = None) -> Collection[int]:
+        """Clients that report the exact gradient (method.md section 9).
+
+        Args:
+            able: Gives the clients that can; all by default.
+        """
+        everyone = range(self.federation.clients)
+        if self.exact == "all":
+            return everyone
+        if self.exact == "able":
+            return everyone if able is None else frozenset(able())
+        return frozenset(self.exact)
+
+    @property
+    def must_be_exact(self) -> Collection[int]:
+        """Clients that can take part only if they can report the exact gradient."""
+        return () if self.exact == "able" else self.exact_clients()
 
     def is_calibration_round(self, round: int) -> bool:
         """Is this round the calibration of the clients, whose update is kept?"""

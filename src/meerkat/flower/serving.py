@@ -195,7 +195,7 @@ def _streams(grid: Grid, recipe: Recipe, setup: Setup, say: Say) -> Transport:
 def largest_client_frame(recipe: Recipe) -> int:
     """Bytes that no frame of a client of this run needs more than: a report, or an evaluation."""
     steps = max(recipe.federation.local_steps, recipe.selection.calibration_steps)
-    report = 4 * steps * recipe.noise.perturbations
+    report = 4 * steps * recipe.numbers_per_step
     task = resolve_task(recipe.task)
     one = np.zeros(1, np.int64)
     found = Predictions(np.zeros(1), one, one, max(1, len(task.verbalizers)))

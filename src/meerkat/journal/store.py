@@ -33,7 +33,7 @@ CREATE TABLE checkpoints (round INTEGER PRIMARY KEY, content BLOB NOT NULL, chai
                           seal BLOB NOT NULL);
 CREATE TABLE decisions (made INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
 """
-FORMAT = 3
+FORMAT = 4
 """Version of the journal: its tables, header and codec."""
 
 

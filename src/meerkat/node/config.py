@@ -43,6 +43,9 @@ class NodeConfig:
     """Data that it may name where the node has none of its own; from `--node-config` the demo's."""
     most_tokens: int = 65536
     """Most tokens in one forward pass and in an example, and most examples in a batch."""
+    gradients: bool = False
+    """Can the node report the exact gradient of a subspace, for which it keeps activations? In a
+    simulation it can."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], trusted: bool = False) -> NodeConfig:
@@ -61,6 +64,7 @@ class NodeConfig:
             "allow-models": _names,
             "allow-sources": _names,
             "most-tokens": int,
+            "gradients": _bool,
             "num-partitions": int,
         }
         found = {}
@@ -87,7 +91,9 @@ class NodeConfig:
             raise RecipeError(f"--node-config most-tokens = {found['most-tokens']} is less than 1")
         found.pop("num-partitions", None)
         # In a simulation the server's operator is the node's.
-        strict = {} if trusted else {"allow-models": (DEMO,), "allow-sources": ("demo",)}
+        strict: dict[str, Any] = {"allow-models": (DEMO,), "allow-sources": ("demo",)}
+        if trusted:
+            strict = {"gradients": True}
         fields = {name.replace("-", "_"): value for name, value in (strict | found).items()}
         return cls(client=fields.pop("partition_id"), **fields)
 
@@ -154,6 +160,15 @@ def _names(text: Any) -> tuple[str, ...]:
     if not isinstance(text, str):
         raise TypeError
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _bool(value: Any) -> bool:
+    """A switch, which Flower passes on as it was written: true, or text."""
+    if isinstance(value, bool):
+        return value
+    if value not in ("true", "false"):
+        raise TypeError
+    return bool(value == "true")
 
 
 def _json(text: str) -> dict[str, Any]:

@@ -196,6 +196,11 @@ class ClientSession:
         assert self._runtime is not None
         if plan.log_start > self._runtime.worker.position:
             return Need(self._runtime.worker.position)
+        if plan.along == "axes" and not self._node.gradients:
+            raise RecipeError(
+                "the server asks for the exact gradient, which is not allowed at this node; set "
+                "--node-config gradients = true"
+            )
         started = time.monotonic()
         report, _loss = self._runtime.client(self._node.client).answer(plan, self._runtime.worker)
         self.working += time.monotonic() - started
@@ -252,4 +257,5 @@ class ClientSession:
             self._say(f"client {client} does not fit this run: {differs}")
         position = runtime.worker.position if runtime.is_working else 0
         examples, held_out = len(runtime.client(client).examples), len(runtime.held_out(client))
-        return Hello(client, examples, held_out, position, runtime.proof)
+        gradients = self._node.gradients
+        return Hello(client, examples, held_out, position, runtime.proof, gradients)

@@ -68,7 +68,8 @@ def train(
             evaluate_once()
         state = stopping.before_round(state, log, engine, progress)
         started = time.monotonic()
-        plans = plan_round(schedule, state, log, engine.present())
+        present, exact = engine.present(), schedule.exact_clients(engine.able)
+        plans = plan_round(schedule, state, log, present, exact)
         try:
             outcome = engine.run(Assignment(plans, state.model.digest, algorithm, log, state.model))
         except DivergedError as error:

@@ -108,11 +108,13 @@ class EarlyStopping:
         fresh = sorted(set(engine.present()) - self._calibrated())
         if not fresh:
             return
-        plan, algorithm = plan_calibration(schedule), journal.header.algorithm
+        algorithm, exact = journal.header.algorithm, schedule.exact_clients(engine.able)
+        drawn, along_axes = (plan_calibration(schedule, along) for along in ("drawn", "axes"))
         start = algorithm.init(journal.theta0).digest
         progress.start("Calibrating the clients", len(fresh))
         for begin in range(0, len(fresh), schedule.clients_per_round):
-            plans = dict.fromkeys(fresh[begin : begin + schedule.clients_per_round], plan)
+            asked_now = fresh[begin : begin + schedule.clients_per_round]
+            plans = {client: along_axes if client in exact else drawn for client in asked_now}
             asked = Assignment(plans, start, algorithm, log, state.model)
             try:
                 outcome = engine.run(asked)

@@ -16,6 +16,7 @@ from meerkat.config import Recipe
 from meerkat.engines.base import Engine
 from meerkat.engines.remote import RemoteEngine
 from meerkat.errors import MaskError, RunError
+from meerkat.federation.schedule import Schedule
 from meerkat.federation.state import ServerState
 from meerkat.journal.records import Evaluated, header_of
 from meerkat.progress import Progress
@@ -85,8 +86,9 @@ def host(
         transport = connect(Setup(recipe.to_json(), proof, secrets.token_hex(16), remember))
         file = cache(lambda: _for_clients(mask))
         federation, network = recipe.federation, recipe.network
+        exact = Schedule.of(recipe).must_be_exact
         engine = RemoteEngine(
-            transport, federation, network, proof, file, say, progress.advance, trusted
+            transport, federation, network, proof, file, say, progress.advance, trusted, exact
         )
 
         def start_engine(state: ServerState, log: Log) -> tuple[Engine, Evaluator]:

@@ -10,7 +10,9 @@ import numpy as np
 from meerkat.journal import Journal, replay
 from meerkat.registry import build
 from meerkat.transport.messages import PLAN_BYTES, encode_report
-from meerkat.zo.estimators import ESTIMATORS
+from meerkat.zo.axes import Along
+from meerkat.zo.estimators import ESTIMATORS, Estimator
+from meerkat.zo.estimators.backward import Backward
 from meerkat.zo.state import Theta
 
 __all__ = ["describe_selection", "directions_holding", "summarise"]
@@ -54,11 +56,10 @@ def summarise(journal: Journal) -> dict[str, Any]:
     evaluations = [e for e in journal.evaluations() if e.examples]
     decisions = journal.decisions()
     calibrated = len(journal.calibrated())
-    steps = recipe.selection.calibration_steps
-    stream, estimator = header.algorithm.stream, recipe.optimizer.estimator
-    passes = build(
-        ESTIMATORS, estimator.kind, estimator.options, "optimizer.estimator"
-    ).forward_passes(stream.perturbations)
+    chosen = recipe.optimizer.estimator
+    drawn = build(ESTIMATORS, chosen.kind, chosen.options, "optimizer.estimator")
+    estimators: dict[Along, Estimator] = {"drawn": drawn, "axes": Backward()}
+    calibrations = list(journal.calibrations())
     before = next((e for e in evaluations if e.round == 0), None)
     after = next((e for e in evaluations if e.round == journal.rounds), None)
     state = replay(journal)
@@ -74,8 +75,11 @@ def summarise(journal: Journal) -> dict[str, Any]:
         "bytes_down_per_client_round": sum(m.bytes_down for m in metrics) / max(1, answers),
         "stopped_early": list(decisions[-1].flagged) if decisions else [],
         "calibrated_clients": calibrated,
-        "calibration_forward_passes": passes * steps * calibrated,
-        "calibration_bytes_up": sum(len(encode_report(r)) for r in journal.calibrations()),
+        "calibration_forward_passes": sum(
+            estimators[report.along].forward_passes(report.perturbations) * report.steps
+            for report in calibrations
+        ),
+        "calibration_bytes_up": sum(len(encode_report(r)) for r in calibrations),
         "calibration_bytes_down": PLAN_BYTES * calibrated,
         "state_digest": state.digest,
         "mask_size": header.mask_size,

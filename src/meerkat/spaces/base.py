@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float64
 
 from meerkat.zo.state import Theta
 
-__all__ = ["ParameterSpace"]
+__all__ = ["DifferentiableSpace", "ParameterSpace"]
 
 
 @runtime_checkable
@@ -33,3 +37,31 @@ class ParameterSpace(Protocol):
 
     def restore(self) -> None:
         """Put back exactly the bits that the model had when the space was made."""
+
+
+@runtime_checkable
+class DifferentiableSpace(ParameterSpace, Protocol):
+    """A space that exact estimators can differentiate along.
+
+    Losses come in parts, as `DifferentiableObjective.losses_with_graph` gives them: each part is
+    made when it is asked for, so that only its activations are kept.
+    """
+
+    def slopes(
+        self, parts: Iterable[Any], direction: Theta
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+        """The loss of each example, and its slope along a direction, by one forward pass.
+
+        Args:
+            parts: Losses of some examples each.
+        """
+
+    def gradient(
+        self, parts: Iterable[Any], examples: int
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " n"]]:
+        """The loss of each example, and the gradient of their mean, by a backward pass a part.
+
+        Args:
+            parts: Losses of some examples each.
+            examples: S of all parts.
+        """

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64
-from torch import nn
+from torch import Tensor, nn
 
 from meerkat.spaces.base import ParameterSpace
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.masked import MaskedSpace
-from meerkat.spaces.subspace import Subspace, combined
+from meerkat.spaces.subspace import Subspace, combined, pulled
 from meerkat.zo.state import Theta
 
 __all__ = ["LinearSpace", "space_of", "subspace_of"]
@@ -53,6 +53,24 @@ class LinearSpace:
     def restore(self) -> None:
         """Put back exactly the bits that the model had when the space was made."""
         self._inner.restore()
+
+    def gradient(
+        self, parts: Iterable[Tensor], examples: int
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " k"]]:
+        """As `MaskedSpace.gradient`, with respect to w."""
+        losses, gradient = self._inner.gradient(parts, examples)
+        return losses, self.pull(gradient)
+
+    def slopes(
+        self, parts: Iterable[Tensor], direction: Theta
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+        """As `MaskedSpace.slopes`, along a direction of w."""
+        nowhere = np.zeros(self._inner.size, np.float32)
+        return self._inner.slopes(parts, combined(nowhere, self._basis, direction))
+
+    def pull(self, gradient: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " k"]:
+        """The gradient with respect to w: < B_j, gradient > for each direction."""
+        return pulled(self._basis, gradient)
 
 
 def space_of(model: nn.Module, mask: Mask) -> ParameterSpace:

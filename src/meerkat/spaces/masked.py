@@ -5,12 +5,19 @@ The one mutable thing of the project is the model inside a space.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meerkat.errors import MaskError
 from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.sensitivity import backward_passes
 from meerkat.zo.state import Theta
 
 __all__ = ["MaskedSpace"]
@@ -30,6 +37,8 @@ class MaskedSpace:
         parameters = dict(model.named_parameters())
         self.size = mask.size
         self.fingerprint = mask.digest
+        self._model = model
+        self._parameters = {name: parameters[name] for name in mask.names if name in parameters}
         self._parts: list[tuple[Tensor, Tensor | None, int, int]] = []
         begin = 0
         for name, shape, indices in zip(mask.names, mask.shapes, mask.indices, strict=True):
@@ -63,6 +72,77 @@ class MaskedSpace:
         for (flat, where, _, _), original in zip(self._parts, self._original, strict=True):
             self._put(flat, where, original)
 
+    def gradient(
+        self, parts: Iterable[Tensor], examples: int
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " n"]]:
+        """The loss of each example, and the gradient of their mean at the masked coordinates.
+
+        Only parameters that the mask touches have a gradient, each freed as soon as it was read;
+        a part's activations are freed before the next part is computed. Parts are added up in
+        float64.
+
+        Args:
+            parts: Losses of some examples each, computed when they are asked for.
+            examples: S of all parts.
+        """
+        total = np.zeros(self.size)
+        places = dict(zip(self._parameters, self._parts, strict=True))
+        losses: list[Tensor] = []
+
+        def collect(name: str, gradient: Tensor) -> None:
+            _, where, begin, end = places[name]
+            values = self._values(gradient.reshape(-1), where)
+            total[begin:end] += values.double().cpu().numpy()
+
+        def mean(part: Tensor) -> Tensor:
+            losses.append(part.detach())
+            return part.double().sum() / examples
+
+        with torch.enable_grad():
+            backward_passes(mean, self._parameters, parts, collect, lambda: None)
+        return _joined(losses), total
+
+    def slopes(
+        self, parts: Iterable[Tensor], direction: Theta
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+        """The loss of each example, and its slope along a direction, by forward-mode passes.
+
+        Args:
+            parts: Losses of some examples each, computed when they are asked for.
+        """
+        losses, along = [], []
+        # Attention in one kernel has no forward derivative.
+        with torch.no_grad(), self._moving(direction), sdpa_kernel(SDPBackend.MATH):
+            for part in parts:
+                value, slope = forward_ad.unpack_dual(part)
+                losses.append(value)
+                along.append(torch.zeros_like(value) if slope is None else slope)
+        return _joined(losses), _joined(along)
+
+    @contextmanager
+    def _moving(self, direction: Theta) -> Iterator[None]:
+        """The masked parameters as dual numbers, with a direction as their tangent."""
+        values = torch.from_numpy(direction if direction.flags.writeable else direction.copy())
+        homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self._model.modules():  # a tied parameter has several
+            for name, parameter in module._parameters.items():
+                homes.setdefault(id(parameter), []).append((module, name))
+        with forward_ad.dual_level():
+            try:
+                for parameter, (flat, where, begin, end) in zip(
+                    self._parameters.values(), self._parts, strict=True
+                ):
+                    tangent = torch.zeros_like(flat)
+                    self._put(tangent, where, values[begin:end].to(flat))
+                    dual = forward_ad.make_dual(parameter.detach(), tangent.view_as(parameter))
+                    for module, name in homes[id(parameter)]:
+                        module._parameters[name] = dual
+                yield
+            finally:
+                for parameter in self._parameters.values():
+                    for module, name in homes[id(parameter)]:
+                        module._parameters[name] = parameter
+
     @staticmethod
     def _values(flat: Tensor, where: Tensor | None) -> Tensor:
         return flat if where is None else flat.index_select(0, where)
@@ -73,3 +153,7 @@ class MaskedSpace:
             flat.copy_(values)
         else:
             flat.index_copy_(0, where, values)
+
+
+def _joined(parts: list[Tensor]) -> Float64[np.ndarray, " S"]:
+    return torch.cat(parts).double().cpu().numpy()

@@ -10,14 +10,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, UInt16
+from jaxtyping import Float32, Float64, UInt16
 
 from meerkat.config.schema import without_neutral
 from meerkat.config.sections import SubspaceSection
 from meerkat.errors import MaskError
 from meerkat.tasks import Task
 
-__all__ = ["Subspace", "check_subspace", "combined", "settings_of"]
+__all__ = ["Subspace", "check_subspace", "combined", "pulled", "settings_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,3 +147,22 @@ def combined(
         np.multiply(row, weight, out=scratch)
         np.add(theta, scratch, out=theta)
     return theta
+
+
+def pulled(
+    basis: Float32[np.ndarray, "k n"], gradient: Float64[np.ndarray, " n"]
+) -> Float64[np.ndarray, " k"]:
+    """< B_j, gradient > in float64, by halves: the same bits on every machine.
+
+    Each row of products is folded in two until one number is left; every addition is elementwise,
+    so its order is not left to the processor, as it would be in a matrix product.
+    """
+    found = np.empty(len(basis))
+    for place, row in enumerate(basis):
+        products = row * gradient
+        while (size := len(products)) > 1:
+            half = size // 2
+            folded = products[:half] + products[half : 2 * half]
+            products = np.append(folded, products[-1]) if size % 2 else folded
+        found[place] = products[0]
+    return found

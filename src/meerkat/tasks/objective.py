@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
-__all__ = ["Objective", "Predictions"]
+__all__ = ["DifferentiableObjective", "Objective", "Predictions"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +36,14 @@ class Objective(Protocol):
 
     def predict(self, examples: Sequence[Any]) -> Predictions:
         """Losses and answers of each example."""
+
+
+@runtime_checkable
+class DifferentiableObjective(Objective, Protocol):
+    """An objective whose losses can be differentiated, which exact estimators need."""
+
+    def losses_with_graph(self, examples: Sequence[Any]) -> Iterator[Any]:
+        """The losses of some examples after the other, as tensors that autograd can go through.
+
+        Each is computed when it is asked for, so the caller says in which mode.
+        """

@@ -29,7 +29,7 @@ from meerkat.transport.messages import decode_report, encode_report
 __all__ = ["Evaluation", "Failed", "Hello", "Need", "Report", "WantSpace", "decode_up"]
 
 _POSITION = struct.Struct("<I")
-_HELLO = struct.Struct("<BIIII32s32s32s32sB")
+_HELLO = struct.Struct("<BIIII32s32s32s32sBB")
 _EVALUATION = struct.Struct("<IIB")
 _METRIC = struct.Struct("<BI")
 """Length of a metric's name in bytes, and its number of sums."""
@@ -63,20 +63,22 @@ class Hello(UpFrame, number=65):
     position: int
     """Updates of the log that its state contains."""
     proof: Proof
+    gradients: bool = False
+    """Can it report the exact gradient?"""
 
     def body(self) -> bytes:
         proof = self.proof
         fields = (proof.model, proof.space, proof.noise, proof.configuration)
         digests = (bytes.fromhex(field) for field in fields)
         counts = (self.client, self.examples, self.held_out, self.position)
-        head = _HELLO.pack(VERSION, *counts, *digests, len(proof.probe))
+        head = _HELLO.pack(VERSION, *counts, *digests, self.gradients, len(proof.probe))
         return head + np.array(proof.probe, "<f4").tobytes()
 
     @classmethod
     def parse(cls, body: bytes) -> Self:
         check_version(body, "the client")
         head = unpack(_HELLO, body, "hello")
-        _, client, examples, held_out, position, *digests, width = head
+        _, client, examples, held_out, position, *digests, gradients, width = head
         if len(body) != _HELLO.size + 4 * width:
             raise ProtocolError(f"hello of {len(body)} bytes with a probe of {width} logits")
         model, space, noise, known = (bytes(digest).hex() for digest in digests)
@@ -84,9 +86,10 @@ class Hello(UpFrame, number=65):
         probe = tuple(np.frombuffer(body, "<f4", offset=_HELLO.size).tolist())
         if not all(map(math.isfinite, probe)):
             raise ProtocolError("hello: a logit of its probe is not finite")
-        return cls(
-            client, examples, held_out, position, Proof(model, space, noise, configuration, probe)
-        )
+        if gradients > 1:
+            raise ProtocolError(f"hello: whether it has gradients is {gradients}, not 0 or 1")
+        proof = Proof(model, space, noise, configuration, probe)
+        return cls(client, examples, held_out, position, proof, bool(gradients))
 
 
 @dataclass(frozen=True)

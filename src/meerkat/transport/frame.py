@@ -40,7 +40,7 @@ __all__ = [
     "unpack_exactly",
 ]
 
-VERSION = 2
+VERSION = 3
 """Version of the protocol: of every frame and message on the wire."""
 
 _LONGEST_TEXT = 1000

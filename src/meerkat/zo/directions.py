@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
+from meerkat.zo.axes import AXES, Along, axis
 from meerkat.zo.noise import SHARED, Kind, NoiseKey, draw
 from meerkat.zo.orthogonal import orthogonal_direction
 
@@ -36,7 +37,8 @@ class DirectionKey:
     step: int
     perturbation: int = 0
     client: int = SHARED
-    """Whose direction it is: `noise.SHARED`, a client's number, or a mark such as `POOL`."""
+    """Whose direction it is: `noise.SHARED`, a client's number, or a mark such as `POOL`
+    or `AXES`."""
 
 
 @runtime_checkable
@@ -76,8 +78,16 @@ class PerturbationStream:
         """Whose direction a client's step goes along."""
         return SHARED if self.shared else client
 
-    def keys(self, round: int, step: int, client: int) -> tuple[DirectionKey, ...]:
-        """Keys of the Q directions of a client's local step."""
+    def count(self, along: Along) -> int:
+        """Directions of a step: Q that are drawn, or the n axes."""
+        return self.n if along == "axes" else self.perturbations
+
+    def keys(
+        self, round: int, step: int, client: int, along: Along = "drawn"
+    ) -> tuple[DirectionKey, ...]:
+        """Keys of the directions of a client's local step."""
+        if along == "axes":  # the same in every step
+            return tuple(DirectionKey(0, 0, q, AXES) for q in range(self.n))
         owner = self.owner(client)
         return tuple(
             self.scheme.key(self.seed, DirectionKey(round, step, q, owner))
@@ -89,7 +99,12 @@ class PerturbationStream:
 
         The same z is needed by each client of a process, by the server, and by who catches up, so
         those that were drawn last are kept.
+
+        Raises:
+            ValueError: It is the key of an axis that there is not.
         """
+        if key.client == AXES:
+            return axis(self.n, key.perturbation)
         if self.kind == "orthogonal":
             lap, place = self._place(key)
             return orthogonal_direction(self.seed, lap, place, self.n)

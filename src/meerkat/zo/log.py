@@ -6,9 +6,10 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from meerkat.zo.axes import along_axes
 from meerkat.zo.directions import DirectionKey, PerturbationStream
 from meerkat.zo.state import ModelState
-from meerkat.zo.update_rules.base import UpdateRule
+from meerkat.zo.update_rules.base import Term, UpdateRule
 
 __all__ = ["Log", "LogEntry", "Update", "apply_log", "apply_update"]
 
@@ -29,15 +30,30 @@ class Update:
     learning_rate: float
     """η, a float32."""
     entries: tuple[LogEntry, ...]
-    """At least one."""
+    """At least one, where there are no axes."""
+    axes: tuple[float, ...] = ()
+    """Coefficients along all axes (`zo.axes`), float64; empty where there was no exact report."""
 
 
 def apply_update(
     state: ModelState, update: Update, rule: UpdateRule, stream: PerturbationStream
 ) -> ModelState:
-    """The state after one update; z is drawn when its turn comes, so memory is O(n)."""
-    terms = ((entry.coefficient, stream.z(entry.key)) for entry in update.entries)
-    return rule.apply(state, update.learning_rate, terms)
+    """The state after one update; z is drawn when its turn comes, so memory is O(n).
+
+    Raises:
+        ValueError: It has coefficients along axes, and not one for each value of the state.
+    """
+    return rule.apply(state, update.learning_rate, _terms(update, stream))
+
+
+def _terms(update: Update, stream: PerturbationStream) -> Iterator[Term]:
+    """Coefficients and their directions; what is along axes is one term, the last."""
+    if update.axes and len(update.axes) != stream.n:
+        raise ValueError(f"an update along {len(update.axes)} axes, the state has {stream.n}")
+    for entry in update.entries:
+        yield entry.coefficient, stream.z(entry.key)
+    if update.axes:
+        yield 1.0, along_axes(update.axes)
 
 
 def apply_log(
@@ -52,6 +68,8 @@ def apply_log(
 class Log:
     """The append-only list of updates, in memory at 24 bytes an entry and 16 an update.
 
+    Where some are along axes, it takes 8 bytes more for each update and for each coefficient.
+
     A position in the log is a number of updates.
 
     Args:
@@ -64,6 +82,8 @@ class Log:
         self._coefficients = array("d")
         self._rates = array("d")
         self._ends = array("Q")
+        self._axes = array("d")
+        self._axis_ends = array("Q")
 
     def __len__(self) -> int:
         return self.base + len(self._ends)
@@ -77,6 +97,11 @@ class Log:
                 self._coefficients.append(entry.coefficient)
             self._rates.append(update.learning_rate)
             self._ends.append(len(self._coefficients))
+            if update.axes and not self._axes:  # those before have none
+                self._axis_ends.extend([0] * (len(self._ends) - 1))
+            self._axes.extend(update.axes)
+            if self._axes:
+                self._axis_ends.append(len(self._axes))
 
     def since(self, position: int) -> tuple[Update, ...]:
         """Updates from this position on, which is not before `base`."""
@@ -86,17 +111,26 @@ class Log:
 
     def entries_since(self, position: int) -> int:
         """How many entries these have."""
-        return len(self._coefficients) - self._start(position - self.base)
+        return len(self._coefficients) - _start(self._ends, position - self.base)
+
+    def axes_since(self, position: int) -> int:
+        """How many coefficients along axes these have."""
+        return len(self._axes) - self._axis_start(position - self.base)
 
     def __iter__(self) -> Iterator[Update]:
         return (self._update(index) for index in range(len(self._ends)))
 
-    def _start(self, index: int) -> int:
-        return self._ends[index - 1] if index else 0
-
     def _update(self, index: int) -> Update:
         entries = tuple(
             LogEntry(DirectionKey(*self._keys[4 * i : 4 * i + 4]), self._coefficients[i])
-            for i in range(self._start(index), self._ends[index])
+            for i in range(_start(self._ends, index), self._ends[index])
         )
-        return Update(self._rates[index], entries)
+        axes = self._axes[self._axis_start(index) : self._axis_start(index + 1)]
+        return Update(self._rates[index], entries, tuple(axes))
+
+    def _axis_start(self, index: int) -> int:
+        return _start(self._axis_ends, index) if self._axis_ends else 0
+
+
+def _start(ends: array[int], index: int) -> int:
+    return ends[index - 1] if index else 0

@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64
 
+from meerkat.zo.axes import Along
+
 __all__ = ["Place", "Transform"]
 
 
@@ -20,6 +22,8 @@ class Place:
     round: int
     step: int
     client: int
+    along: Along = "drawn"
+    """The axes where the coefficients are an exact gradient."""
 
 
 @runtime_checkable

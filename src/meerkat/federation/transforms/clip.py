@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ __all__ = ["Clip"]
 
 @dataclass(frozen=True)
 class Clip:
-    """g ← min(max(g, -bound), bound).
+    """g ← min(max(g, -bound), bound); an exact gradient is shortened to a root mean square g.
 
     Raises:
         ValueError: The bound is not positive.
@@ -29,4 +30,8 @@ class Clip:
     def __call__(
         self, coefficients: Float64[np.ndarray, " Q"], place: Place
     ) -> Float64[np.ndarray, " Q"]:
+        if place.along == "axes":
+            squares = math.fsum((coefficients * coefficients).tolist()) / len(coefficients)
+            size = math.sqrt(squares)
+            return coefficients if size <= self.bound else coefficients * (self.bound / size)
         return np.clip(coefficients, -self.bound, self.bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float64
@@ -13,10 +13,33 @@ from jaxtyping import Float64
 from meerkat.errors import DivergedError
 from meerkat.zo.state import Theta
 
-__all__ = ["Estimate", "Estimator", "LossesAt", "mean_loss"]
+__all__ = [
+    "DifferentiableLosses",
+    "Estimate",
+    "Estimator",
+    "LossesAt",
+    "differentiable",
+    "mean_loss",
+]
 
 LossesAt: TypeAlias = Callable[[Theta | None], Float64[np.ndarray, " S"]]
 """Offset from θ (None is θ itself) → the loss of each example of the batch."""
+
+
+@runtime_checkable
+class DifferentiableLosses(Protocol):
+    """Losses of a batch that can be differentiated, which exact estimators need."""
+
+    def __call__(self, offset: Theta | None) -> Float64[np.ndarray, " S"]:
+        """As `LossesAt`."""
+
+    def slope(
+        self, direction: Theta
+    ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " S"]]:
+        """The loss of each example at θ, and its exact slope along a direction."""
+
+    def gradient(self) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " n"]]:
+        """The loss of each example at θ, and the gradient of their mean."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +70,17 @@ class Estimator(Protocol):
         Raises:
             DivergedError: A loss is not finite.
         """
+
+
+def differentiable(losses_at: Any) -> DifferentiableLosses:
+    """Losses as an exact estimator needs them.
+
+    Raises:
+        TypeError: They cannot be differentiated.
+    """
+    if not isinstance(losses_at, DifferentiableLosses):
+        raise TypeError(f"losses of type {type(losses_at).__name__} have no gradient")
+    return losses_at
 
 
 def mean_loss(losses: Float64[np.ndarray, " S"], where: str) -> float:
