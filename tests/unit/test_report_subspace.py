@@ -38,6 +38,7 @@ def mask_of(k: int = K, kind: str = "aligned") -> Mask:
         kind,
         draw.integers(0, 2**14, (k, SIZE)).astype(np.uint16),
         np.ones(k, np.float32),
+        np.zeros(k, np.float32),
         CURVATURE if kind == "aligned" else (1.0,) * k,
         {"settings": "{}"},
     )

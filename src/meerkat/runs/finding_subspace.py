@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from meerkat.config.sections import MaskSection, SubspaceSection
@@ -24,22 +24,27 @@ from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
 from meerkat.runs.finding_mask import FoundMask, Sources
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
-from meerkat.spaces.alignment import Scheme, packed_score_gradients, score_gradients
+from meerkat.spaces.alignment import Scheme, Target, packed_score_gradients, score_gradients
 from meerkat.spaces.answers import drawn_answer
+from meerkat.spaces.balance import balanced_start
 from meerkat.spaces.example_gradients import has_example_gradients
-from meerkat.spaces.linear import subspace_of
+from meerkat.spaces.linear import LinearSpace, subspace_of
 from meerkat.spaces.mask_file import Mask, save_mask
+from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
 from meerkat.tasks import Example, Task
+from meerkat.transport.handshake import same_probe
 from meerkat.zo.noise import NoiseKey, draw, permutation
 
 __all__ = ["find_subspace"]
 
-_METHOD = 2
+_METHOD = 3
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
+_BALANCED = 128
+"""Most texts over which more than two answers are balanced: a backward pass for each answer."""
 _TOGETHER = 16
 """Texts of one backward pass."""
 _POOL = 16
@@ -66,7 +71,7 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Fo
         return FoundMask(replace(mask, subspace=_random(mask, section)))
     path = cache_path(sources.recipe.runtime, "subspaces", _fixed_by(sources, mask, section))
     kept = read_cached(path, sources.loaded.fingerprint)
-    if kept is not None:
+    if kept is not None and same_probe(sources.loaded.probe, kept.probe):
         return FoundMask(replace(mask, subspace=kept.subspace), path)
     mask = replace(mask, subspace=_aligned(sources, mask, section))
     save_mask(mask, path)
@@ -122,7 +127,56 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
         "score": "sampled" if scheme == "given" else scheme,
         "settings": settings_of(section),
     }
-    return subspace_of("aligned", basis.rows, basis.curvature, about)
+    found = subspace_of("aligned", basis.rows, basis.curvature, about)
+    if section.start == "loaded" or not sources.task.has_classes:
+        return found
+    if scheme == "difference":
+        mean = found.basis.astype(np.float64) @ scores.mean(axis=0, dtype=np.float64)
+        jacobian = np.stack([-mean / 2, mean / 2])
+    else:
+        encoded = encoded[:_BALANCED]
+        jacobian = _answer_slopes(sources, encoded, mask, found)
+    return replace(found, start=_balanced(sources, encoded, mask, found, jacobian))
+
+
+def _answer_slopes(
+    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, found: Subspace
+) -> Float64[np.ndarray, "A k"]:
+    """Change of each answer's mean score with w, less the mean of these."""
+    answers, basis = len(encoded[0].answers), found.basis.astype(np.float64)
+    sources.progress.start("Balancing the answers", answers * len(encoded))
+    slopes = np.empty((answers, len(basis)))
+    for answer in range(answers):
+        gradient = _score_gradients(sources, encoded, mask, answer).mean(axis=0, dtype=np.float64)
+        slopes[answer] = basis @ gradient
+    return _centred(slopes)
+
+
+def _balanced(
+    sources: _Sources,
+    encoded: Sequence[Encoded],
+    mask: Mask,
+    found: Subspace,
+    jacobian: Float64[np.ndarray, "A k"],
+) -> Float32[np.ndarray, " k"]:
+    """w at which these texts prefer no answer on average."""
+    objective = sources.objective
+    space = LinearSpace(MaskedSpace(sources.loaded.model, mask), found.basis, "")
+
+    def preferences(w: Float32[np.ndarray, " k"]) -> Float64[np.ndarray, " A"]:
+        space.write(w)
+        with torch.inference_mode():
+            scores = [objective.scores(b.to(objective.device)) for b in objective.packs(encoded)]
+        return _centred(torch.cat(scores).double().mean(0).cpu().numpy())
+
+    try:
+        return balanced_start(jacobian, preferences)
+    finally:
+        space.restore()
+
+
+def _centred(values: Float64[np.ndarray, "A ..."]) -> Float64[np.ndarray, "A ..."]:
+    return values - values.mean(axis=0)
 
 
 def _scheme(section: SubspaceSection, answers: int) -> Scheme:
@@ -145,7 +199,7 @@ def _scheme(section: SubspaceSection, answers: int) -> Scheme:
 
 
 def _score_gradients(
-    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, scheme: Scheme, seed: int
+    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, scheme: Target, seed: int = 0
 ) -> Float32[np.ndarray, "N n"]:
     """Many texts in a backward pass where the mask allows it, else one."""
     model, objective = sources.loaded.model, sources.objective

@@ -20,6 +20,7 @@ __all__ = [
     "AnswerScores",
     "PackedScores",
     "Scheme",
+    "Target",
     "packed_score_gradients",
     "score_gradients",
 ]
@@ -29,6 +30,8 @@ AnswerScores: TypeAlias = Callable[[Any], Float32[Tensor, " A"]]
 PackedScores: TypeAlias = Callable[[PackedBatch], Float32[Tensor, "S A"]]
 """The same for a batch of texts."""
 Scheme: TypeAlias = Literal["sampled", "uniform", "difference", "mixed", "given"]
+Target: TypeAlias = Scheme | int
+"""How the scores of a text's answers become one number; an integer is the score of that answer."""
 
 _IN_MEMORY = 2**30
 """Most bytes of scores that are kept in memory; more are kept in a file that has no name."""
@@ -39,7 +42,7 @@ def score_gradients(
     parameters: dict[str, nn.Parameter],
     texts: Sequence[Any],
     mask: Mask,
-    scheme: Scheme,
+    scheme: Target,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Float32[np.ndarray, "N n"]:
@@ -53,6 +56,7 @@ def score_gradients(
         uniform: The same with ŷ drawn uniformly: rare answers are seen, too.
         difference: The gradient of the difference of the first two answers' scores.
         mixed: A random combination of the centred scores of all answers.
+        An integer: The gradient of the score of that answer.
         given: The gradient of the score of the one answer that a text brings, drawn before.
 
     Raises:
@@ -88,7 +92,7 @@ def packed_score_gradients(
     batches: Iterable[PackedBatch],
     count: int,
     mask: Mask,
-    scheme: Scheme,
+    scheme: Target,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> Float32[np.ndarray, "N n"]:
@@ -127,9 +131,11 @@ def _room(count: int, size: int) -> Float32[np.ndarray, "N n"]:
         return np.memmap(file, np.float32, "w+", shape=(count, size))
 
 
-def _target(found: Tensor, scheme: Scheme, draw: np.random.Generator) -> Tensor:
+def _target(found: Tensor, scheme: Target, draw: np.random.Generator) -> Tensor:
     """The number of a text whose gradient is its score."""
     match scheme:
+        case int():
+            return found[scheme]
         case "difference":
             if len(found) != 2:
                 raise ValueError(f"the difference of two answers, not of {len(found)}")

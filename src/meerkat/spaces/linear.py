@@ -19,24 +19,32 @@ __all__ = ["LinearSpace", "space_of", "subspace_of"]
 
 
 class LinearSpace:
-    """w of θ_0 + B w, with θ_0 the masked weights as they were loaded; w starts at zero.
+    """w of θ_0 + B w, with θ_0 the masked weights as they were loaded.
 
     Args:
         basis: B, a row for each of k directions.
-        fingerprint: Of the mask and B.
+        fingerprint: Of the mask and the subspace.
+        first: w before any round; zeros by default.
     """
 
-    def __init__(self, inner: MaskedSpace, basis: Float32[np.ndarray, "k n"], fingerprint: str):
+    def __init__(
+        self,
+        inner: MaskedSpace,
+        basis: Float32[np.ndarray, "k n"],
+        fingerprint: str,
+        first: Float32[np.ndarray, " k"] | None = None,
+    ):
         if basis.shape[1] != inner.size:
             raise ValueError(f"a basis over {basis.shape[1]} values, the mask has {inner.size}")
         self._inner, self._basis = inner, basis
         self._start = inner.read()
+        self._first = np.zeros(len(basis), np.float32) if first is None else first
         self.size = len(basis)
         self.fingerprint = fingerprint
 
     def read(self) -> Theta:
-        """Zeros: the model as it was loaded."""
-        return np.zeros(self.size, np.float32)
+        """w before any round, not what the model has now."""
+        return self._first.copy()
 
     def write(self, theta: Theta) -> None:
         """Make the masked weights cast(θ_0 + B w)."""
@@ -70,7 +78,7 @@ def space_of(model: nn.Module, mask: Mask) -> ParameterSpace:
     inner = MaskedSpace(model, mask)
     if mask.subspace is None:
         return inner
-    return LinearSpace(inner, mask.subspace.basis, mask.fingerprint)
+    return LinearSpace(inner, mask.subspace.basis, mask.fingerprint, mask.subspace.start)
 
 
 def subspace_of(
@@ -78,6 +86,7 @@ def subspace_of(
     rows: Float32[np.ndarray, "k n"],
     curvature: Float64[np.ndarray, " N"],
     about: Mapping[str, str],
+    start: Float32[np.ndarray, " k"] | None = None,
 ) -> Subspace:
     """A subspace from the rows of B: unit directions in bfloat16, and their lengths.
 
@@ -89,4 +98,5 @@ def subspace_of(
         length = np.linalg.norm(row, axis=1)
         unit = torch.from_numpy((row / length[:, None]).astype(np.float32))
         bits[place], lengths[place] = unit.bfloat16().view(torch.uint16).numpy()[0], length[0]
-    return Subspace(kind, bits, lengths, tuple(curvature.tolist()), about)
+    start = np.zeros(len(rows), np.float32) if start is None else start
+    return Subspace(kind, bits, lengths, start, tuple(curvature.tolist()), about)

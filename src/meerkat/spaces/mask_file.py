@@ -24,7 +24,7 @@ from meerkat.spaces.subspace import Subspace, combined
 
 __all__ = ["Mask", "check_format", "load_mask", "save_mask"]
 
-_FORMAT, _VERSION = "meerkat-mask", 3
+_FORMAT, _VERSION = "meerkat-mask", 4
 _INDEX_TYPES = (np.uint32, np.int64)
 _MOST_WHOLE = 2**33
 """Most coordinates, 64 GiB of indices, that a file may claim without listing them."""
@@ -77,7 +77,7 @@ class Mask:
     @property
     def start(self) -> Float32[np.ndarray, " k"] | None:
         """The state's values before round 0: θ_0, or w = 0."""
-        return self.initial if self.subspace is None else np.zeros(self.dimensions, np.float32)
+        return self.initial if self.subspace is None else self.subspace.start.copy()
 
     @property
     def direction_gradient(self) -> Float32[np.ndarray, " k"] | None:
@@ -117,7 +117,8 @@ def save_mask(mask: Mask, path: str | Path) -> None:
         if values is not None:
             arrays[name] = values
     if mask.subspace is not None:
-        arrays |= {"directions": mask.subspace.directions, "scales": mask.subspace.scales}
+        found = mask.subspace
+        arrays |= {"directions": found.directions, "scales": found.scales, "start": found.start}
     about = {
         "names": mask.names,
         "shapes": mask.shapes,

@@ -28,6 +28,8 @@ class Subspace:
     directions: UInt16[np.ndarray, "k n"]
     """Bits of V, one direction a row."""
     scales: Float32[np.ndarray, " k"]
+    start: Float32[np.ndarray, " k"]
+    """w before any round; zeros are the model as it was loaded."""
     curvature: tuple[float, ...]
     """λ of every direction that the texts span, the largest first."""
     about: Mapping[str, str]
@@ -47,7 +49,8 @@ class Subspace:
         if described is None:
             return None
         curvature, about = tuple(described["curvature"]), dict(described["about"])
-        return cls(described["kind"], arrays["directions"], arrays["scales"], curvature, about)
+        directions, scales, start = (arrays[name] for name in ("directions", "scales", "start"))
+        return cls(described["kind"], directions, scales, start, curvature, about)
 
     def check(self, size: int) -> None:
         """Check types and shapes.
@@ -59,8 +62,12 @@ class Subspace:
             ValueError: They do not fit.
         """
         k = len(self.scales)
-        shaped = self.directions.shape == (k, size) and self.scales.shape == (k,) and k > 0
-        typed = self.directions.dtype == np.uint16 and self.scales.dtype == np.float32
+        shaped = self.directions.shape == (k, size) and k > 0
+        shaped = shaped and self.scales.shape == self.start.shape == (k,)
+        typed = self.directions.dtype == np.uint16
+        typed = typed and self.scales.dtype == self.start.dtype == np.float32
+        if typed and not np.isfinite(self.start).all():
+            raise ValueError("its subspace starts where it is not finite")
         texts = [self.kind, *self.about, *self.about.values()]
         if not (shaped and typed and all(isinstance(text, str) for text in texts)):
             raise ValueError("its subspace is not k bfloat16 directions over the mask")
@@ -85,6 +92,7 @@ class Subspace:
         digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
         digest.update(self.directions.astype("<u2").tobytes())
         digest.update(self.scales.astype("<f4").tobytes())
+        digest.update(self.start.astype("<f4").tobytes())
         return digest.hexdigest()
 
 

@@ -82,6 +82,8 @@ def _overrides(section: TaskSection) -> dict[str, Any]:
     }
     if section.source_config is not None or section.source is not None:
         changed["config"] = section.source_config
+    if section.holder is not None or section.source is not None:
+        changed["holder"] = section.holder
     if section.answer is not None:
         changed |= {"verbalizers": (), "labels": ()}
     elif isinstance(section.verbalizers, dict):

@@ -21,7 +21,7 @@ class Task:
 
     name: str
     source: str
-    """Hub id, folder or file; `demo` is the package data of the demo extra."""
+    """Hub id, folder or file; `demo` and `demo:...` are the data of `data.demo`."""
     prompt: str
     """Template with `{column}` fields; the model's answer follows it."""
     verbalizers: tuple[str, ...] = ()
@@ -33,10 +33,12 @@ class Task:
     answer: str | None = None
     """Column of a free-text answer."""
     config: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub data set or a demo source."""
     train_split: str = "train"
     test_split: str | None = None
     """Split to evaluate on; without one, a part of the training split is held out."""
+    holder: str | None = None
+    """Column that says who holds a row, for a natural partition."""
     cut: str | None = None
     """The field that is shortened when an example is too long; the first field by default."""
 
@@ -67,3 +69,5 @@ class Example:
     fields: dict[str, Any]
     label: int = 0
     answer: str = ""
+    holder: str = ""
+    """Who holds it, where the task has a column for that."""

@@ -94,6 +94,52 @@ _ALL = (
         labels=("rotten", "fresh"),
         label="category",
     ),
+    # Packages of Debian 12 by what they are for.
+    Task(
+        name="debian_sections",
+        source="demo:debian",
+        prompt="{text}. This is about",
+        verbalizers=("fonts", "games", "graphics", "email", "math", "science", "music", "web"),
+        labels=("fonts", "games", "graphics", "mail", "math", "science", "sound", "web"),
+        label="section",
+        holder="maintainer",
+        test_split="test",
+    ),
+    Task(
+        name="debian_sections_4",
+        source="demo:debian",
+        config="four-sections",
+        prompt="{text}. This is about",
+        verbalizers=("fonts", "games", "science", "music"),
+        labels=("fonts", "games", "science", "sound"),
+        label="section",
+        holder="maintainer",
+        test_split="test",
+    ),
+    # As `wic`, from WordNet's example sentences.
+    Task(
+        name="wordnet_pairs",
+        source="demo:wordnet",
+        prompt=(
+            'Does the word "{word}" have the same meaning in these two sentences? Yes, No?\n'
+            "{sentence1}\n"
+            "{sentence2}\n"
+        ),
+        verbalizers=("No", "Yes"),
+        labels=("no", "yes"),
+        label="same",
+        test_split="test",
+        cut="sentence1",
+    ),
+    # From the demo extra: 17,363 reviews of books, hotels and appliances. The prompt ends in a new
+    # line: after a blank these answers would be several tokens.
+    Task(
+        name="chinese_reviews",
+        source="demo:chinese-reviews",
+        prompt="{text}\n这是好评吗？\n",
+        verbalizers=("不", "是"),
+        labels=("neg", "pos"),
+    ),
 )
 
 TASKS = {task.name: task for task in _ALL}
