@@ -76,14 +76,19 @@ _runtimes: dict[str, ClientRuntime] = {}
 _assemblies: dict[str, Assembly] = {}
 
 
+def _shared(node: NodeConfig) -> NodeConfig:
+    """What of a node's settings its model and data depend on."""
+    same = replace(node, gradients=False)  # it decides on reports alone
+    return replace(same, client=0) if node.data is None else same
+
+
 def assembly_of(node: NodeConfig, recipe: Recipe, setup: Setup) -> Assembly:
     """The model and data of a run, loaded once in a process, before there is a mask.
 
     Args:
         recipe: The setup's, with the node's settings.
     """
-    settings = replace(node, client=0) if node.data is None else node
-    key = repr((settings, setup.recipe))
+    key = repr((_shared(node), setup.recipe))
     if key not in _assemblies:
         _runtimes.clear()
         _assemblies.clear()
@@ -97,8 +102,7 @@ def runtime_of(node: NodeConfig, recipe: Recipe, setup: Setup, mask: Path) -> Cl
     Args:
         recipe: The setup's, with the node's settings.
     """
-    settings = replace(node, client=0) if node.data is None else node
-    key = repr((settings, setup.recipe, setup.proof, mask))
+    key = repr((_shared(node), setup.recipe, setup.proof, mask))
     if key not in _runtimes:
         _runtimes.clear()
         assembly = replace(assembly_of(node, recipe, setup), mask_file=mask)
