@@ -56,7 +56,11 @@ from meerkat.zo.update_rules import UPDATE_RULES
 
 K = 5
 SUBSPACE = {"dimensions": K, "kind": "random"}
-MIXED: dict[str, Any] = {"subspace": SUBSPACE, "optimizer": {"exact_clients": "able"}}
+TWO_POINT = {"estimator": "two-point"}
+MIXED: dict[str, Any] = {
+    "subspace": SUBSPACE,
+    "optimizer": {"exact_clients": "able", **TWO_POINT},
+}
 EXACT: dict[str, Any] = {"subspace": SUBSPACE, "optimizer": {"estimator": "backward"}}
 
 
@@ -569,8 +573,8 @@ def test_estimators_of_a_recipe() -> None:
 
 
 def test_the_fingerprint_of_a_run_without_them_is_as_it_was() -> None:
-    plain = make_recipe(subspace=SUBSPACE)
-    named = make_recipe(subspace=SUBSPACE, optimizer={"exact_clients": []})
+    plain = make_recipe(subspace=SUBSPACE, optimizer=TWO_POINT)
+    named = make_recipe(subspace=SUBSPACE, optimizer={"exact_clients": [], **TWO_POINT})
     assert plain.fingerprint == named.fingerprint
     assert (
         len({plain.fingerprint, make_recipe(**MIXED).fingerprint, make_recipe(**EXACT).fingerprint})
@@ -579,7 +583,7 @@ def test_the_fingerprint_of_a_run_without_them_is_as_it_was() -> None:
     numbers = [
         make_recipe(**s).numbers_per_step for s in ({}, {"subspace": SUBSPACE}, MIXED, EXACT)
     ]
-    assert numbers == [1, 1, K, K]
+    assert numbers == [1, 7, K, K]
 
 
 def test_the_rate_of_exact_gradients_is_that_of_many_directions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.builders import algorithm_of, make_recipe
 
+from meerkat.config import Choice, parse_recipe
 from meerkat.config.automatic import MOST_ORTHOGONAL, subspace_epsilon, subspace_rate
 from meerkat.errors import RecipeError
 from meerkat.zo.directions import DirectionKey, PerturbationStream
@@ -87,8 +89,11 @@ def test_steps_beyond_those_of_a_round_are_directions_of_their_own() -> None:
 SUBSPACE = {"dimensions": 32}
 
 
+TWO_POINT = {"estimator": "two-point"}
+
+
 def test_auto_in_a_subspace() -> None:
-    recipe = make_recipe(subspace=SUBSPACE)
+    recipe = make_recipe(subspace=SUBSPACE, optimizer=TWO_POINT)
     assert recipe.noise_kind == "orthogonal"
     assert recipe.schedule == "linear"
     assert recipe.learning_rate == subspace_rate(32, 1)
@@ -135,3 +140,34 @@ def test_orthogonal_directions_where_they_cannot_be(sections: dict[str, Any], li
     noise = {**sections.get("noise", {}), "kind": "orthogonal"}
     with pytest.raises(RecipeError, match=line):
         algorithm_of(100, **{**sections, "noise": noise})
+
+
+def test_a_subspace_has_few_examples_and_many_directions_where_nothing_is_said() -> None:
+    recipe = make_recipe(subspace=SUBSPACE)
+    found = (recipe.federation.batch_size, recipe.noise.perturbations, recipe.optimizer.estimator)
+    assert found == (4, 7, Choice(kind="one-sided"))
+    assert recipe.learning_rate == subspace_rate(32, 7)
+    written = parse_recipe(json.loads(recipe.to_json()))
+    assert written == recipe
+    assert written.fingerprint == recipe.fingerprint
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"federation": {"batch_size": 9}},
+        {"optimizer": TWO_POINT},
+        {"noise": {"perturbations": 2}},
+    ],
+)
+def test_what_is_said_of_them_is_all_that_is_changed(said: dict[str, Any]) -> None:
+    recipe = make_recipe(subspace=SUBSPACE, **said)
+    plain = make_recipe(**said)
+    assert recipe.federation == plain.federation
+    assert recipe.noise == plain.noise
+    assert recipe.optimizer == plain.optimizer
+
+
+def test_a_subspace_of_kind_none_is_none() -> None:
+    assert make_recipe(subspace={"kind": "none"}) == make_recipe()
+    assert make_recipe(subspace={"kind": "none"}).fingerprint == make_recipe().fingerprint

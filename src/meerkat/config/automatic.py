@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["MOST_ORTHOGONAL", "subspace_epsilon", "subspace_rate"]
+__all__ = [
+    "MOST_ORTHOGONAL",
+    "SUBSPACE_BATCH",
+    "SUBSPACE_PERTURBATIONS",
+    "subspace_epsilon",
+    "subspace_rate",
+]
 
 MOST_ORTHOGONAL = 1024
 """Most dimensions for which directions are orthogonal by default."""
+
+SUBSPACE_BATCH, SUBSPACE_PERTURBATIONS = 4, 7
+"""Examples and one-sided directions of a step: 8 passes over 4 examples, as many as 2 over 16."""
 
 
 def subspace_rate(dimensions: int, directions: float) -> float:

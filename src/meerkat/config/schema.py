@@ -9,7 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, model_validator
 
-from meerkat.config.automatic import MOST_ORTHOGONAL, subspace_epsilon, subspace_rate
+from meerkat.config.automatic import (
+    MOST_ORTHOGONAL,
+    SUBSPACE_BATCH,
+    SUBSPACE_PERTURBATIONS,
+    subspace_epsilon,
+    subspace_rate,
+)
 from meerkat.config.sections import (
     Choice,
     Evaluation,
@@ -53,6 +59,29 @@ class Recipe(Section):
     network: Network = Network()
     seed: Seed = 0
     """Seed of noise, partition, client sampling and data order."""
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Recipe:
+        """What a subspace means for fields that are left out; a recipe that was read never changes.
+
+        A recipe that was written has all fields, so it is read as it was.
+        """
+        if self.subspace is not None and self.subspace.kind == "none":
+            object.__setattr__(self, "subspace", None)
+        given = (
+            "batch_size" in self.federation.model_fields_set,
+            "estimator" in self.optimizer.model_fields_set,
+            "perturbations" in self.noise.model_fields_set,
+        )
+        if self.subspace is None or any(given):
+            return self
+        federation = self.federation.model_copy(update={"batch_size": SUBSPACE_BATCH})
+        estimator = {"estimator": Choice(kind="one-sided")}
+        noise = self.noise.model_copy(update={"perturbations": SUBSPACE_PERTURBATIONS})
+        object.__setattr__(self, "federation", federation)
+        object.__setattr__(self, "optimizer", self.optimizer.model_copy(update=estimator))
+        object.__setattr__(self, "noise", noise)
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

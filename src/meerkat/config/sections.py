@@ -120,8 +120,9 @@ class MaskSection(Section):
 class SubspaceSection(Section):
     """Where θ may move within the mask (method.md section 9)."""
 
-    kind: Literal["aligned", "random"] = "aligned"
-    """Directions that the model's own answers to public texts depend on, or random ones."""
+    kind: Literal["aligned", "random", "none"] = "aligned"
+    """Directions that the model's own answers to public texts depend on, or random ones; `none` is
+    as if there were no such section."""
     dimensions: Count = 32
     """Directions k."""
     texts: Count = 256
@@ -200,7 +201,8 @@ class Federation(Section):
     clients_per_round: Count | None = None
     """Clients that are sampled for a round; all by default."""
     batch_size: Count = 16
-    """Examples behind one local step."""
+    """Examples behind one local step; 4 in a subspace where neither this, `optimizer.estimator` nor
+    `noise.perturbations` is set, since there more directions teach more than more examples."""
     weighting: Literal["uniform", "examples"] = "uniform"
     """Aggregation weights p_k: equal, or by the examples that a client holds."""
     aggregator: Annotated[Choice, Neutral("mean")] = Choice(kind="mean")
@@ -251,7 +253,8 @@ class Noise(Section):
     directions: Literal["shared", "per-client"] = "shared"
     """One z for all clients of a step, or one for each client."""
     perturbations: Annotated[int, Field(ge=1, lt=2**8)] = 1
-    """Directions that a step averages over."""
+    """Directions that a step averages over; 7 in a subspace where `federation.batch_size` and
+    `optimizer.estimator` are not set either: as many example passes as two for 16 examples."""
     keys: Annotated[Choice, Neutral("fresh")] = Choice(kind="fresh")
     """Where directions come from: `fresh` for each step, or a finite `pool` (FedKSeed)."""
 
