@@ -161,9 +161,15 @@ def test_exact_steps_leave_the_model_as_it_was(dtype: torch.dtype) -> None:
             assert parameter.grad is None
 
 
-def test_only_masked_parameters_get_a_gradient() -> None:
+@pytest.mark.parametrize("of_linear_layers", [True, False])
+def test_which_parameters_get_a_gradient(of_linear_layers: bool) -> None:
+    """None where all are weights of linear layers, else those of the mask; the sums are equal."""
     loaded, seen = tiny_model("llama"), set[str]()
     space, objective = make_subspace(loaded), TextObjective(loaded, 10_000)
+    _, expected = space.gradient(objective.losses_with_graph(make_text_examples(3)), 3)
+    inner = space._inner
+    assert inner._of_linear_layers
+    inner.__dict__["_of_linear_layers"] = of_linear_layers
     masked = set(make_mask(loaded, 120).names)
 
     def parts(batch: Sequence[Any]) -> Any:
@@ -171,8 +177,10 @@ def test_only_masked_parameters_get_a_gradient() -> None:
             seen.update(n for n, p in loaded.model.named_parameters() if p.requires_grad)
             yield losses
 
-    space.gradient(parts(make_text_examples(3)), 3)
-    assert seen == masked < set(dict(loaded.model.named_parameters()))
+    _, found = space.gradient(parts(make_text_examples(3)), 3)
+    assert seen == (set() if of_linear_layers else masked)
+    assert masked < set(dict(loaded.model.named_parameters()))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
 def test_forward_mode_cleans_up_after_an_error() -> None:

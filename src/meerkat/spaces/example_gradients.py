@@ -13,13 +13,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor, nn
 
 from meerkat.data.packing import PackedBatch
 from meerkat.spaces.mask_file import Mask
 
-__all__ = ["example_gradients", "has_example_gradients"]
+__all__ = ["example_gradients", "has_example_gradients", "summed_gradient"]
 
 
 def has_example_gradients(model: nn.Module, mask: Mask) -> bool:
@@ -57,18 +57,42 @@ def example_gradients(
             yield gathering.found.numpy()
 
 
+def summed_gradient(
+    model: nn.Module,
+    mask: Mask,
+    parts: Iterable[Tensor],
+    target: Callable[[Tensor], Tensor],
+) -> Float64[np.ndarray, " n"]:
+    """∇ Σ target(part) at the masked coordinates, part by part, added up in float64.
+
+    Args:
+        parts: Tensors with their graph, each made when it is asked for, freed before the next.
+        target: A part → one number.
+    """
+    gathering, total = _Gathering(mask), np.zeros(mask.size)
+    with gathering.over(model), torch.enable_grad():
+        gathering.start(None)
+        for part in parts:
+            target(part).backward()
+            total += gathering.found[0].double().numpy()
+            gathering.start(None)
+    return total
+
+
 class _Gathering:
     """Hooks on linear layers that add products up while a backward pass runs."""
 
     def __init__(self, mask: Mask):
         self._mask = mask
-        self._rows: Int64[Tensor, " T"] = torch.empty(0, dtype=torch.int64)
+        self._rows: Int64[Tensor, " T"] | None = None
         self.found: Float32[Tensor, "S n"] = torch.empty(0)
 
-    def start(self, batch: PackedBatch) -> None:
-        """Begin a batch: which example each token belongs to, and sums of zero."""
-        self._rows = batch.layout.scatter // batch.layout.gather.shape[1]
-        self.found = torch.zeros(batch.examples, self._mask.size)
+    def start(self, batch: PackedBatch | None) -> None:
+        """Begin with sums of zero: for each example of a batch, or one for all tokens."""
+        self._rows = None
+        if batch is not None:
+            self._rows = batch.layout.scatter // batch.layout.gather.shape[1]
+        self.found = torch.zeros(1 if batch is None else batch.examples, self._mask.size)
 
     @contextmanager
     def over(self, model: nn.Module) -> Iterator[None]:
@@ -111,8 +135,11 @@ class _Gathering:
             delta = gradient.flatten(0, -2)
             products = x.index_select(1, inputs.to(x.device)).float()
             products *= delta.index_select(1, outputs.to(x.device))
-            sums = products.new_zeros(len(self.found), len(inputs))
-            sums.index_add_(0, self._rows.to(x.device), products)
+            if self._rows is None:
+                sums = products.sum(0, keepdim=True)
+            else:
+                sums = products.new_zeros(len(self.found), len(inputs))
+                sums.index_add_(0, self._rows.to(x.device), products)
             self.found[:, begin : begin + len(inputs)] += sums.cpu()
 
         output.register_hook(add)

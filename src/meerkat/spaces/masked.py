@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meerkat.errors import MaskError
+from meerkat.spaces.example_gradients import has_example_gradients, summed_gradient
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import backward_passes
 from meerkat.zo.state import Theta
@@ -37,7 +39,7 @@ class MaskedSpace:
         parameters = dict(model.named_parameters())
         self.size = mask.size
         self.fingerprint = mask.digest
-        self._model = model
+        self._model, self._mask = model, mask
         self._parameters = {name: parameters[name] for name in mask.names if name in parameters}
         self._parts: list[tuple[Tensor, Tensor | None, int, int]] = []
         begin = 0
@@ -52,6 +54,10 @@ class MaskedSpace:
             begin += len(indices)
         self._kinds = {(flat.device, flat.dtype) for flat, *_ in self._parts}
         self._original = [self._values(flat, where).clone() for flat, where, _, _ in self._parts]
+
+    @cached_property
+    def _of_linear_layers(self) -> bool:
+        return has_example_gradients(self._model, self._mask)
 
     def read(self) -> Theta:
         """The masked weights as they are in the model now, as float32."""
@@ -77,8 +83,9 @@ class MaskedSpace:
     ) -> tuple[Float64[np.ndarray, " S"], Float64[np.ndarray, " n"]]:
         """The loss of each example, and the gradient of their mean at the masked coordinates.
 
-        Only parameters that the mask touches have a gradient, each freed as soon as it was read;
-        a part's activations are freed before the next part is computed. Parts are added up in
+        Where all masked parameters are weights of linear layers, no gradient of a weight is made.
+        Else only parameters that the mask touches have one, each freed as soon as it was read. A
+        part's activations are freed before the next part is computed. Parts are added up in
         float64.
 
         Args:
@@ -98,8 +105,11 @@ class MaskedSpace:
             losses.append(part.detach())
             return part.double().sum() / examples
 
-        with torch.enable_grad():
-            backward_passes(mean, self._parameters, parts, collect, lambda: None)
+        if self._of_linear_layers:
+            total = summed_gradient(self._model, self._mask, parts, mean)
+        else:
+            with torch.enable_grad():
+                backward_passes(mean, self._parameters, parts, collect, lambda: None)
         return _joined(losses), total
 
     def slopes(
