@@ -27,7 +27,7 @@ pytestmark = pytest.mark.real
 DEMO = Path(__file__).parents[2] / "recipes/demo.toml"
 SMALL = [
     "federation.rounds=2",
-    "federation.batch_size=4",
+    "subspace.texts=48",
     "evaluation.examples=32",
     "mask.batches=2",
     "mask.batch_size=4",
@@ -39,16 +39,18 @@ def recipe() -> Recipe:
     return load_recipe(DEMO, SMALL)
 
 
-def test_the_demo_at_a_small_size(tmp_path: Path) -> None:
-    """run, replay, evaluate and export on Gemma 3 270M, as `make demo` has it."""
+@pytest.mark.parametrize(("kind", "report_bytes"), [("aligned", 24 + 4 * 7), ("none", 24 + 4)])
+def test_the_demo_at_a_small_size(tmp_path: Path, kind: str, report_bytes: int) -> None:
+    """run, replay, evaluate and export on Gemma 3 270M, as `make demo` has it, and without."""
     out = tmp_path / "run"
-    changes = [part for change in SMALL for part in ("--set", change)]
+    small = [*SMALL, f"subspace.kind={kind}"]
+    changes = [part for change in small for part in ("--set", change)]
     result = invoke("run", DEMO, "--out", out, *changes)
     assert result.exit_code == 0, result.output
     summary = json.loads((out / "summary.json").read_text())
     assert summary["eligible_parameters"] == 100_270_080
     assert summary["mask_size"] == 100_270
-    assert summary["bytes_up_per_client_round"] == 28
+    assert summary["bytes_up_per_client_round"] == report_bytes
     assert 0.4 < summary["before"]["accuracy"] < 0.9
     assert invoke("replay", out, "--digest").stdout.strip() == summary["state_digest"]
 
@@ -57,7 +59,7 @@ def test_the_demo_at_a_small_size(tmp_path: Path) -> None:
     assert delta.stat().st_size < 2e6
     assert invoke("export", out, "--to", merged).exit_code == 0
     ours = json.loads(invoke("evaluate", out, "--json").stdout)
-    plain = evaluate_plainly(merged, load_recipe(DEMO, SMALL))
+    plain = evaluate_plainly(merged, load_recipe(DEMO, small))
     # In bfloat16 packed and single scores differ a little: one example may tip over.
     assert plain == pytest.approx(ours["accuracy"], abs=1.01 / 32)
 

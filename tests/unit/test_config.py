@@ -16,17 +16,25 @@ from meerkat.config.sections import Choice, Neutral, Section
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECORDED = {
-    "demo.toml": "cd18db9c9d855ada",
+    "demo.toml": "79f354c68b130ec0",
     "meerkat-vp.toml": "1110c391978ba9f2",
     "deploy.toml": "82ed1bdf19a65306",
 }
 """First digits of fingerprints, as version 0.1 gave them."""
+PLAIN_DEMO = "cd18db9c9d855ada"
+"""Of the demo without its subspace."""
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_fingerprints_are_those_of_the_first_version(name: str) -> None:
     """If one changes, runs of before cannot be resumed: mark the new field as `Neutral`."""
     assert load_recipe(RECIPES / name).fingerprint[:16] == RECORDED[name]
+
+
+def test_the_plain_method_is_one_setting_away_from_the_demo() -> None:
+    plain = load_recipe(RECIPES / "demo.toml", ["subspace.kind=none"])
+    assert plain.fingerprint[:16] == PLAIN_DEMO
+    assert (plain.learning_rate, plain.optimizer.estimator.kind) == (1e-5, "two-point")
 
 
 def test_all_recipes_have_a_recorded_fingerprint() -> None:

@@ -1,0 +1,132 @@
+"""What the aligned subspace gives: runs of the demo's recipe with some settings changed.
+
+Each arm is a run in a directory of its own; a run that is there is not made again, one that was
+interrupted goes on:
+
+    python experiments/subspace.py runs/subspace demo/aligned-s0 demo/plain-s0
+    python experiments/subspace.py runs/subspace --list
+    python experiments/subspace.py runs/subspace --table
+    python experiments/subspace.py runs/subspace --picture docs/subspace.png
+
+The table has accuracy (and loss) of each evaluation, for docs/results/subspace.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import meerkat
+from meerkat.config import load_recipe
+from meerkat.journal import Journal
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
+SEEDS = (0, 1, 2)
+PLAIN = ["subspace.kind=none"]
+TWO_POINT = ["federation.batch_size=16", "optimizer.estimator=two-point", "noise.perturbations=1"]
+BACKWARD = ["federation.batch_size=16", "optimizer.estimator=backward", "noise.perturbations=1"]
+MODELS = {"gemma": "demo:gemma-3-270m", "smollm2": "demo:smollm2-135m"}
+TASKS = ("rotten_tomatoes", "debian_sections_4", "debian_sections", "wordnet_pairs")
+
+
+def arms() -> dict[str, list[str]]:
+    """Settings of each arm by its name."""
+    found = {}
+    for seed in SEEDS:
+        own = [f"seed={seed}", "evaluation.every=15"]
+        found[f"demo/aligned-s{seed}"] = own
+        found[f"demo/plain-s{seed}"] = [*PLAIN, *own]
+        found[f"demo/two-point-s{seed}"] = [*TWO_POINT, *own]
+        found[f"demo/backward-s{seed}"] = [*BACKWARD, "federation.rounds=15", *own]
+        found[f"demo/loaded-s{seed}"] = ["subspace.start=loaded", *own]
+        found[f"demo/random-s{seed}"] = ["subspace.kind=random", "subspace.dimensions=32", *own]
+    every = ["evaluation.every=30", "evaluation.examples=512"]
+    for model, name in MODELS.items():
+        for task in TASKS:
+            pair = [f"model.name={name}", f"task.name={task}", *every]
+            found[f"pairs/{model}-{task}-aligned"] = pair
+            for rate in (1e-6, 3e-6, 1e-5, 3e-5):
+                settings = [*PLAIN, f"optimizer.learning_rate={rate}", *pair]
+                found[f"pairs/{model}-{task}-plain-{rate:g}"] = settings
+    return found
+
+
+def make(out: Path, arm: str, settings: list[str]) -> None:
+    directory = out / arm
+    if (directory / "summary.json").exists():
+        return
+    if (directory / "recipe.json").exists():
+        meerkat.resume(directory)
+    else:
+        meerkat.run(load_recipe(RECIPE, settings), directory)
+
+
+def evaluations(directory: Path) -> dict[int, dict[str, float]]:
+    """Metrics by round."""
+    with closing(Journal.open(directory)) as journal:
+        return {found.round: dict(found.metrics) for found in journal.evaluations()}
+
+
+def made(out: Path) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
+    """The arms that are there, in the order of `arms`."""
+    for arm in arms():
+        if (out / arm / "recipe.json").exists():
+            yield arm, evaluations(out / arm)
+
+
+def table(out: Path) -> None:
+    for arm, found in made(out):
+        cells = [f"{r}: {m['accuracy']:.3f} ({m['loss']:.3f})" for r, m in sorted(found.items())]
+        print(f"{arm:48} {'  '.join(cells)}")
+
+
+def picture(out: Path, path: Path) -> None:
+    """Accuracy by round of the demo, aligned and plain, mean and range over the seeds made."""
+    import altair
+    import pandas
+
+    rows = [
+        {"round": number, "method": label, "accuracy": 100 * metrics["accuracy"]}
+        for arm, found in made(out)
+        for name, label in (("aligned", "aligned subspace"), ("plain", "plain Meerkat"))
+        if re.fullmatch(rf"demo/{name}-s\d", arm)
+        for number, metrics in found.items()
+    ]
+    base = altair.Chart(pandas.DataFrame(rows)).encode(
+        x=altair.X("round:Q", title="round"),
+        color=altair.Color("method:N", title=None, legend=altair.Legend(orient="bottom")),
+    )
+    scale = altair.Scale(zero=False)
+    accuracy = altair.Y("mean(accuracy):Q", title="accuracy on 768 snippets, %", scale=scale)
+    line = base.mark_line(point=True).encode(y=accuracy)
+    ends = base.mark_rule(strokeWidth=1).encode(y="min(accuracy):Q", y2="max(accuracy):Q")
+    (line + ends).properties(width=560, height=280).save(path, scale_factor=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("arm", nargs="*", help="arms to make, in this order")
+    parser.add_argument("--list", action="store_true", help="names of all arms")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    known = arms()
+    for arm in options.arm:
+        if arm not in known:
+            parser.error(f"arm {arm!r} is none of those that --list gives")
+    if options.list:
+        print("\n".join(known))
+    for arm in options.arm:
+        make(options.out, arm, known[arm])
+    if options.table:
+        table(options.out)
+    if options.picture:
+        picture(options.out, options.picture)
+
+
+if __name__ == "__main__":
+    main()
