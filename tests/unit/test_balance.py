@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from jaxtyping import Float32, Float64
@@ -91,3 +93,19 @@ def test_a_run_starts_balanced(
     assert not unbalanced.start.any()
     np.testing.assert_array_equal(unbalanced.directions, mask.subspace.directions)
     assert unbalanced.digest != mask.subspace.digest
+
+
+@pytest.mark.parametrize(("start", "moves"), [("auto", False), ("balanced", True)])
+def test_more_than_two_answers_are_balanced_if_asked_for(
+    tiny_recipe_data: dict, sentences_file: str, tmp_path: Path, start: str, moves: bool
+) -> None:
+    """Each answer's slope is from passes of its own."""
+    rows = [f"the film {i} is a story,{('neg', 'pos', 'mid')[i % 3]}" for i in range(60)]
+    source = tmp_path / "kinds.csv"
+    source.write_text("\n".join(["text,label", *rows]) + "\n")
+    task = {"source": str(source), "verbalizers": {"mid": "plot"}}
+    section = {"dimensions": 6, "texts": 20, "corpus": str(sentences_file), "start": start}
+    assembly = assemble(parse_recipe(merged(tiny_recipe_data, subspace=section, task=task)))
+    before, after = balance_of(assembly, 20)
+    assert before > 0.02
+    assert after < 0.2 * before if moves else after == before

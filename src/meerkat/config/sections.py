@@ -139,9 +139,10 @@ class SubspaceSection(Section):
     """δ, as a share of the largest curvature."""
     power: Annotated[float, Field(ge=0, le=1)] = 0.5
     """0.5 makes the curvature of all directions one, 0 leaves it."""
-    start: Literal["balanced", "loaded"] = "balanced"
+    start: Literal["auto", "balanced", "loaded"] = "auto"
     """Where training starts: where the public texts prefer no answer on average (of an aligned
-    subspace for a task with answers), or at the model as it was loaded."""
+    subspace for a task with answers), or at the model as it was loaded. `auto` is `balanced` for
+    two answers; of more, texts of one kind may well prefer one (docs/results/subspace.md)."""
     seed: Seed = 0
     """Which texts, and what is drawn."""
 

@@ -39,7 +39,7 @@ from meerkat.zo.noise import NoiseKey, draw, permutation
 
 __all__ = ["find_subspace"]
 
-_METHOD = 3
+_METHOD = 4
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
@@ -128,7 +128,8 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
         "settings": settings_of(section),
     }
     found = subspace_of("aligned", basis.rows, basis.curvature, about)
-    if section.start == "loaded" or not sources.task.has_classes:
+    answers = len(sources.task.verbalizers)
+    if not answers or section.start == "loaded" or (section.start == "auto" and answers > 2):
         return found
     if scheme == "difference":
         mean = found.basis.astype(np.float64) @ scores.mean(axis=0, dtype=np.float64)
