@@ -181,5 +181,5 @@ def test_changed_data_are_noticed_also_where_the_rows_are_as_many(
 
 def test_the_default_learning_rate_does_not_diverge(tiny_recipe_data: dict) -> None:
     data = {k: v for k, v in tiny_recipe_data.items() if k != "optimizer"}
-    assert parse_recipe(data).optimizer.learning_rate == 1e-5
+    assert parse_recipe(data).learning_rate == 1e-5
     assert issubclass(DivergedError, meerkat.MeerkatError)
