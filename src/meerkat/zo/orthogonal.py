@@ -19,7 +19,8 @@ __all__ = ["LARGEST", "orthogonal_direction"]
 LARGEST = 1024
 """Most dimensions: a block takes about n² short passes over n values."""
 _MARK = 2**32 - 3
-"""The client of the keys that blocks are drawn by: nobody's."""
+"""The client of the keys that blocks are drawn by: nobody's. (That of `axes.AXES`, too, for which
+nothing is drawn.)"""
 
 
 def orthogonal_direction(seed: int, lap: int, place: int, n: int) -> Float32[np.ndarray, " n"]:
