@@ -2,7 +2,8 @@
 
     python experiments/attacks.py --tiny --out runs/attacks-tiny
     python experiments/attacks.py recipes/demo.toml --out runs/attacks --set federation.clients=10 \
-        --set federation.rounds=20 --set federation.batch_size=8 --set evaluation.examples=256
+        --set subspace.kind=none --set federation.rounds=20 --set federation.batch_size=8 \
+        --set evaluation.examples=256
 
 Each run has the same recipe but for the defence. Liars are the last clients; they take their local
 steps honestly and change what they report. Prints a line of JSON for each run, and a table at the
