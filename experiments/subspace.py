@@ -66,7 +66,7 @@ def make(out: Path, arm: str, settings: list[str]) -> None:
 
 def evaluations(directory: Path) -> dict[int, dict[str, float]]:
     """Metrics by round."""
-    with closing(Journal.open(directory)) as journal:
+    with closing(Journal.open(directory / "journal.sqlite")) as journal:
         return {found.round: dict(found.metrics) for found in journal.evaluations()}
 
 
