@@ -20,12 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from meerkat.config import load_recipe
 from meerkat.config.automatic import subspace_rate
 from meerkat.data.encoding import Encoded
+from meerkat.data.packing import PackedBatch
 from meerkat.runs.assembly import assemble
-from meerkat.runs.finding_subspace import _public_examples
+from meerkat.runs.finding_subspace import public_examples
 from meerkat.spaces.example_gradients import example_gradients
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
@@ -44,7 +46,7 @@ def features(out: Path) -> None:
     def gradients(examples: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
         found: list[np.ndarray] = []
 
-        def difference(batch):  # type: ignore[no-untyped-def]
+        def difference(batch: PackedBatch) -> Tensor:
             scores = objective.scores(batch)
             found.append((scores[:, 1] - scores[:, 0]).detach().numpy())
             return scores[:, 1] - scores[:, 0]
@@ -54,7 +56,7 @@ def features(out: Path) -> None:
         rows = np.concatenate(list(example_gradients(model, mask, batches, difference)))
         return rows, np.concatenate(found)
 
-    public, scores = gradients([encode(e) for e in _public_examples(assembly, recipe.subspace)])
+    public, scores = gradients([encode(e) for e in public_examples(assembly, recipe.subspace)])
     arrays = {"public": public @ public.T, "public_d": scores}
     parts = {"held": list(assembly.test[:HELD])}
     parts |= {f"client{c.number}": list(c.examples[:LEARNED]) for c in assembly.clients()}

@@ -55,12 +55,12 @@ def test_a_bent_model_is_balanced_by_several_steps() -> None:
 
 def balance_of(assembly: Assembly, texts: int) -> tuple[float, float]:
     """The largest preference over the texts before training, at θ_0 and where it starts."""
-    from meerkat.runs.finding_subspace import _public_examples
+    from meerkat.runs.finding_subspace import public_examples
 
     section = assembly.recipe.subspace
     assert section is not None
     encoder, objective = assembly.encoder, assembly.objective
-    encoded = [encoder.encode(e) for e in _public_examples(assembly, section)[:texts]]
+    encoded = [encoder.encode(e) for e in public_examples(assembly, section)[:texts]]
     space = space_of(assembly.loaded.model, assembly.found_mask.mask)
     found = []
     for w in (np.zeros(space.size, np.float32), space.read()):

@@ -47,8 +47,15 @@ def mask_of(k: int = K, kind: str = "aligned") -> Mask:
     return replace(mask, initial=np.zeros(SIZE, np.float32))
 
 
-def run(directory: Path, rounds: int = 6, mask: Mask | None = None, **section: Any) -> Journal:
-    """A run whose w moves; numbers are made up."""
+def run(
+    directory: Path,
+    rounds: int = 6,
+    mask: Mask | None = None,
+    first: np.ndarray | None = None,
+    **section: Any,
+) -> Journal:
+    """A run whose w moves from `first`, zeros by default; numbers are made up."""
+    first = np.zeros(K, np.float32) if first is None else first
     mask = mask or mask_of()
     directory.mkdir(parents=True, exist_ok=True)
     save_mask(mask, directory / "mask.safetensors")
@@ -61,8 +68,8 @@ def run(directory: Path, rounds: int = 6, mask: Mask | None = None, **section: A
         }
     )
     header = header_of(recipe, mask, ("terrible", "great"), [[3, 4], [5, 6]], "12" * 32)
-    written = Journal.create(directory / "journal.sqlite", header, np.zeros(K, np.float32))
-    state = ModelState(np.zeros(K, np.float32))
+    written = Journal.create(directory / "journal.sqlite", header, first)
+    state = ModelState(first)
     state = header.algorithm.init(state.theta)
     written.append_evaluation(Evaluated(0, {"loss": 0.7, "accuracy": 0.5}, 40, 0.5))
     for number in range(rounds):
@@ -182,11 +189,19 @@ def test_any_spectrum(curvature: tuple[float, ...]) -> None:
         assert figure.png()[:4] == b"\x89PNG"
 
 
-def test_the_terminal_says_it_in_a_line(tmp_path: Path) -> None:
-    journal = run(tmp_path)
-    summary, w = summarise(journal), replay(journal).theta
+@pytest.mark.parametrize("first", [(0, 0, 0, 0), (0, 0, 90, 0)])
+def test_the_terminal_says_it_in_a_line(tmp_path: Path, first: tuple[float, ...]) -> None:
+    """How far w went from where it started, not how far that is from zero."""
+    start = np.array(first, np.float32)
+    journal = run(tmp_path, first=start)
+    summary, w = summarise(journal), replay(journal).theta - start
+    within = read_within(tmp_path, journal)
     journal.close()
+    assert within is not None
+    np.testing.assert_array_equal(within.path[-1], np.abs(w).astype(np.float64))
+    assert not within.path[0].any()
     half, largest = directions_holding(w), int(np.abs(w).argmax()) + 1
+    assert largest != 3
     assert summary["subspace"] == {"dimensions": K, "half_in": half, "largest": largest}
     cells = [
         str(cell) for column in summary_table(summary, tmp_path).columns for cell in column.cells

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -96,3 +98,14 @@ def test_scores_are_gradients_at_the_masked_coordinates(scheme: str) -> None:
         lambda x: weight @ x + other[:2], {"w": weight}, texts, mask, scheme, seed=4
     )
     assert np.array_equal(found, again)
+
+
+def test_a_start_is_covered_by_the_digest_and_finite() -> None:
+    from meerkat.spaces.linear import subspace_of
+
+    rows = np.random.default_rng(4).normal(size=(2, 30)).astype(np.float32)
+    good = subspace_of("aligned", rows, np.ones(2), {})
+    good.check(30)
+    assert replace(good, start=np.ones(2, np.float32)).digest != good.digest
+    with pytest.raises(ValueError, match="starts where it is not finite"):
+        replace(good, start=np.array([0.0, np.nan], np.float32)).check(30)

@@ -13,7 +13,8 @@ __all__ = [
 ]
 
 MOST_ORTHOGONAL = 1024
-"""Most dimensions for which directions are orthogonal by default."""
+"""Most dimensions for which directions are orthogonal by default: `zo.orthogonal.LARGEST`, which
+this package does not import."""
 
 SUBSPACE_BATCH, SUBSPACE_PERTURBATIONS = 4, 7
 """Examples and one-sided directions of a step: 8 passes over 4 examples, as many as 2 over 16."""

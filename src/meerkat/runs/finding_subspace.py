@@ -37,7 +37,7 @@ from meerkat.tasks import Example, Task
 from meerkat.transport.handshake import same_probe
 from meerkat.zo.noise import NoiseKey, draw, permutation
 
-__all__ = ["find_subspace"]
+__all__ = ["find_subspace", "public_examples"]
 
 _METHOD = 4
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
@@ -106,7 +106,7 @@ def _random(mask: Mask, section: SubspaceSection) -> Subspace:
 
 def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
     """From the gradients of the model's own answers to public texts."""
-    examples = _public_examples(sources, section)
+    examples = public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
     scheme = _scheme(section, len(sources.task.verbalizers))
     if not sources.task.has_classes:
@@ -268,7 +268,7 @@ def _corpus_of(sources: _Sources, section: SubspaceSection) -> MaskSection:
     return sources.recipe.mask.model_copy(update={"corpus": corpus})
 
 
-def _public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
+def public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
     """Sentences of the corpus as the fields of the task's prompt; they have no label."""
     of_corpus = _corpus_of(sources, section)
     names = sorted(set(sources.task.fields))

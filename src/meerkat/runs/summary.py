@@ -63,6 +63,7 @@ def summarise(journal: Journal) -> dict[str, Any]:
     before = next((e for e in evaluations if e.round == 0), None)
     after = next((e for e in evaluations if e.round == journal.rounds), None)
     state = replay(journal)
+    path = state.theta - journal.theta0
     seconds = sum(m.seconds for m in metrics) + sum(e.seconds for e in evaluations)
     return {
         "before": before.metrics if before else {},
@@ -83,7 +84,7 @@ def summarise(journal: Journal) -> dict[str, Any]:
         "calibration_bytes_down": PLAN_BYTES * calibrated,
         "state_digest": state.digest,
         "mask_size": header.mask_size,
-        "subspace": None if recipe.subspace is None else _describe_path(state.theta),
+        "subspace": None if recipe.subspace is None else _describe_path(path),
         "eligible_parameters": header.eligible,
         "model": recipe.model.name,
         "seed": recipe.seed,
@@ -104,6 +105,6 @@ def directions_holding(w: Theta, share: float = 0.5) -> int:
 
 
 def _describe_path(w: Theta) -> dict[str, Any]:
-    """How w is spread over the directions of a subspace."""
+    """How w, from where it started, is spread over the directions of a subspace."""
     largest = int(np.abs(w).argmax()) + 1 if w.any() else None
     return {"dimensions": len(w), "half_in": directions_holding(w), "largest": largest}

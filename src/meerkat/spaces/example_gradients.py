@@ -108,9 +108,12 @@ class _Gathering:
             for name, shape, places in zip(
                 self._mask.names, self._mask.shapes, self._mask.indices, strict=True
             ):
-                outputs, inputs = (torch.from_numpy(part) for part in np.divmod(places, shape[1]))
-                hook = partial(self._after_forward, outputs, inputs, begin)
                 module = modules[name.removesuffix(".weight")]
+                device = module.weight.device
+                outputs, inputs = (
+                    torch.from_numpy(part).to(device) for part in np.divmod(places, shape[1])
+                )
+                hook = partial(self._after_forward, outputs, inputs, begin)
                 handles.append(module.register_forward_hook(hook))
                 begin += len(places)
             yield
@@ -133,8 +136,8 @@ class _Gathering:
 
         def add(gradient: Tensor) -> None:
             delta = gradient.flatten(0, -2)
-            products = x.index_select(1, inputs.to(x.device)).float()
-            products *= delta.index_select(1, outputs.to(x.device))
+            products = x.index_select(1, inputs).float()
+            products *= delta.index_select(1, outputs)
             if self._rows is None:
                 sums = products.sum(0, keepdim=True)
             else:
