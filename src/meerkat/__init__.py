@@ -41,6 +41,7 @@ __all__ = [
     "gradip",
     "load_recipe",
     "parse_recipe",
+    "recalibrate",
     "replay",
     "report",
     "resume",

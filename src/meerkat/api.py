@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from meerkat.zo.state import ModelState, Theta
 
 if TYPE_CHECKING:
     from meerkat.runs.finding_mask import FoundMask
+    from meerkat.spaces.base import ParameterSpace
 
 __all__ = [
     "Gradip",
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "export",
     "gradip",
+    "recalibrate",
     "replay",
     "report",
     "resume",
@@ -84,6 +86,32 @@ def calibrate(
         return found
     save_mask(found.mask, out)
     return dataclasses.replace(found, path=Path(out))
+
+
+def recalibrate(
+    directory: str | Path,
+    corpus: str | Path | None = None,
+    once: bool = False,
+    made: Callable[[Path], None] = lambda path: None,
+    progress: Progress | None = None,
+) -> None:
+    """Renew the subspace of a run whenever its server waits for that (method.md section 9).
+
+    A server without a model needs it where the recipe has `subspace.renew_every`: run it beside
+    the server, on a machine that has the model and sees the run's directory.
+
+    Args:
+        corpus: A text file that texts come from now, as where data have changed.
+        once: Make what is due now, and return; by default stay until the run is complete.
+        made: Called with each file.
+
+    Raises:
+        MeerkatError: There is no such run, or recipe, model or corpus are not usable.
+    """
+    with needed_extra("train"):
+        from meerkat.runs.recalibrating import renew_when_due
+    source = None if corpus is None else str(corpus)
+    renew_when_due(Path(directory), source, once, made, progress or Progress())
 
 
 def run(
@@ -188,6 +216,7 @@ def evaluate(
         from meerkat.data.sources import Split
         from meerkat.runs.assembly import assemble
         from meerkat.runs.evaluation import evaluate_objective
+        from meerkat.spaces.linear import space_of
     directory = Path(target)
     is_run = journal_path(directory).exists()
     if split not in ("test", "train"):
@@ -204,21 +233,24 @@ def evaluate(
     # A run has a mask of its own, however it was found.
     mask_file = mask_path(directory) if is_run else None
     assembly = assemble(_recipe(parsed, changes), progress, mask_file=mask_file)
+    space: ParameterSpace | None = None
     if is_run:
         with closing(open_journal(directory)) as journal:
-            mask_of(directory, journal.header)
-            state = replay_journal(journal, rounds)
-        assembly.worker().space.write(state.theta)
+            mask, state = mask_of(directory, journal, rounds), replay_journal(journal, rounds)
+        _ = assembly.found_mask  # checks the model, as it was loaded
+        space = space_of(assembly.loaded.model, mask)
+        space.write(state.theta)
     if split == "train":
         swapped = Split(assembly.split.train, assembly.split.train)
         assembly = dataclasses.replace(assembly, split=swapped)
-    return evaluate_objective(
-        assembly.objective,
-        assembly.test,
-        parsed.federation.batch_size,
-        assembly.metrics,
-        progress=progress,
-    )
+    size, metrics = parsed.federation.batch_size, assembly.metrics
+    try:
+        return evaluate_objective(
+            assembly.objective, assembly.test, size, metrics, progress=progress
+        )
+    finally:
+        if space is not None:
+            space.restore()
 
 
 def export(
@@ -239,7 +271,7 @@ def export(
     with closing(open_journal(directory)) as journal:
         header = journal.header
         theta = replay_journal(journal, rounds).theta
-    mask = mask_of(directory, header)
+        mask = mask_of(directory, journal, rounds)
     if delta:
         save_delta(mask, mask.weights(theta), to)
         return to

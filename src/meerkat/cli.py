@@ -121,6 +121,25 @@ def calibrate(
 
 
 @_command
+def recalibrate(
+    directory: DirectoryArgument,
+    corpus: Annotated[
+        Path | None,
+        typer.Option(help="A text file that texts come from now; as the recipe says by default."),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Make what is due now, and stop.")] = False,
+) -> None:
+    """Renew a run's subspace whenever its server, which has no model, waits for that."""
+    from meerkat import api
+
+    def say(path: Path) -> None:
+        console.print(f"wrote {path}")
+
+    with Bar() as progress:
+        api.recalibrate(directory, corpus, once, say, progress)
+
+
+@_command
 def run(
     recipe: RecipeArgument,
     out: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from builders import merged
 from cluster import Cluster, free_port, wait_until
-from commands import toml_of
+from commands import meerkat_process, toml_of
 from flower_runs import MANY, ROOT, finished, nodes_of, rounds_of, start_node
 from journals import content
 
@@ -147,3 +148,55 @@ def test_over_messages(trials: dict[str, dict[str, Any]], tmp_path: Path) -> Non
     same_bits(out, random, tmp_path / "local-random", expected)
     expected = local(trials["aligned"], tmp_path / "local-aligned", rounds)
     same_bits(killed, aligned, tmp_path / "local-aligned", expected)
+
+
+@pytest.fixture
+def renewed(trials: dict[str, dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """The aligned recipe, with the subspace renewed before rounds 2 and 4 of 6."""
+    changes = {
+        "federation": {"rounds": 6},
+        "subspace": {"renew_every": 2},
+        "selection": {"kind": "none"},
+        "network": {"patience": 240.0},
+    }
+    data = merged(trials["aligned"]["given"], **changes)
+    recipe = tmp_path / "renewed.toml"
+    recipe.write_text(toml_of(data))
+    trial = {**trials["aligned"], "recipe": recipe, "given": data}
+    return {**trial, "expected": local(trial, tmp_path / "local", 6)}
+
+
+def test_a_simulation_renews_the_subspace(renewed: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "simulated"
+    process = meerkat_process("run", renewed["recipe"], "--out", out, "--engine", "flower")
+    printed, _ = process.communicate(timeout=480)
+    assert process.returncode == 0, printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["subspace_renewals"] == [2, 4]
+    same_bits(out, summary, tmp_path / "local", renewed["expected"])
+
+
+def test_a_calibrator_renews_the_subspace_of_a_deployment(
+    renewed: dict[str, Any], tmp_path: Path
+) -> None:
+    """It is killed in mid-run, so the server waits until there is another."""
+    out = tmp_path / "deployed"
+    environment = {"MEERKAT_CACHE": str(tmp_path / "cache")}
+    listen = {"network.listen": f"127.0.0.1:{free_port()}"}
+    first = tmp_path / "deployed/mask-000002.safetensors"
+    with Cluster(tmp_path, secure=False, environment=environment) as cluster:
+        nodes_of(cluster, renewed)
+        run = cluster.run(ROOT, config_of(renewed, out, **listen))
+        wait_until(lambda: (out / "recipe.json").exists(), 240)
+        calibrator = meerkat_process("recalibrate", out)
+        wait_until(first.exists, 240)
+        calibrator.kill()
+        calibrator.communicate()
+        log = out / "server.log"
+        wait_until(lambda: "waiting for mask-000004.safetensors" in log.read_text(), 240)
+        calibrator = meerkat_process("recalibrate", out)
+        summary = finished(cluster, run, out)
+        printed, _ = calibrator.communicate(timeout=60)
+    assert calibrator.returncode == 0, printed
+    assert "mask-000004.safetensors" in printed
+    same_bits(out, summary, tmp_path / "local", renewed["expected"])

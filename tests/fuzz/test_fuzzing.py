@@ -1387,7 +1387,7 @@ def test_the_client_app_answers_whatever_it_is_sent(
     action: str, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a model and without a stream: what is read before either."""
-    monkeypatch.setattr(ClientSession, "begin", lambda _self, _setup: encode(WantSpace()))
+    monkeypatch.setattr(ClientSession, "begin", lambda _self, _setup: encode(WantSpace("ab" * 32)))
     monkeypatch.setattr(client_app, "join_session", lambda *_: pytest.fail("it has no invitation"))
     monkeypatch.setattr(client_app, "Message", lambda content, reply_to: content)
     monkeypatch.setattr(client_app._log, "error", lambda *_: None)

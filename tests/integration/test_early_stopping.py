@@ -379,7 +379,7 @@ def test_verdicts_follow_from_the_reports(
     assert summary["state_digest"] == meerkat.replay(tmp_path / "run").digest
     assert resume(tmp_path / "run")["state_digest"] == summary["state_digest"]
     with journal_of(tmp_path / "run") as journal:
-        p = mask_of(tmp_path / "run", journal.header).gradient
+        p = mask_of(tmp_path / "run", journal).gradient
         reports = list(journal.calibrations())
         (decision,) = journal.decisions()
         stream = journal.header.algorithm.stream

@@ -164,7 +164,7 @@ def test_gradip_reads_exact_and_drawn_paths(data: dict, tmp_path: Path) -> None:
     with table.open() as file:
         rows = {(row["client"], row["round"], row["step"]): row for row in csv.DictReader(file)}
     with closing(opened(tmp_path / "run")) as journal:
-        p = mask_of(tmp_path / "run", journal.header).direction_gradient
+        p = mask_of(tmp_path / "run", journal).direction_gradient
         assert p is not None
         scale = float(axis_length(K))
         for report in [*journal.calibrations(), *reports_of(journal)]:
@@ -185,7 +185,7 @@ def test_a_run_with_exact_reports_is_exported(data: dict, tmp_path: Path) -> Non
     run(data, tmp_path / "run", **BACKWARD)
     meerkat.export(tmp_path / "run", tmp_path / "delta.safetensors", delta=True)
     with closing(opened(tmp_path / "run")) as journal:
-        mask = mask_of(tmp_path / "run", journal.header)
+        mask = mask_of(tmp_path / "run", journal)
     expected = mask.weights(meerkat.replay(tmp_path / "run").theta)
     assert np.array_equal(load_file(tmp_path / "delta.safetensors")["theta"], expected)
     assert not np.array_equal(expected, mask.initial)

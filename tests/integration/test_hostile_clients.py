@@ -165,7 +165,7 @@ def test_the_mask_is_not_sent_without_end(make_run: MakeRun) -> None:
     def opening(transport: ScriptedTransport) -> None:
         for _ in range(500):
             transport.peers[99] = hosted.clients[0]
-            transport.put(99, encode(WantSpace()))
+            transport.put(99, encode(WantSpace("ab" * 32)))
         for client in hosted.clients:
             transport.join(client)
 
@@ -392,7 +392,7 @@ EVIL: dict[str, Callable[[ScriptedClient], Any]] = {
     "leaves": lambda client: client.transport.away(client, 0.5),
     "silent": lambda client: None,
     "other": lambda client: client.send(encode(Hello(0, 10, 0, 0, client.proof))),
-    "space": lambda client: client.send(WantSpace()),
+    "space": lambda client: client.send(WantSpace("ab" * 32)),
 }
 
 

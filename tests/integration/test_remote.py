@@ -880,7 +880,7 @@ def test_the_mask_goes_to_who_asks_without_what_it_may_not_show(
             transport.peers[10 + client.number] = client
             client.transport, client.peer = transport, 10 + client.number
             if client.number in (1, 3):
-                transport.put(client.peer, encode(WantSpace()))
+                transport.put(client.peer, encode(WantSpace("ab" * 32)))
             transport.put(client.peer, client.hello())
 
     hosted.opening = opening

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
-import functools
 import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,15 @@ from builders import make_recipe, make_update, merged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from journals import content
+from peers import (
+    RemoteRun,
+    evaluations,
+    loaded_once,
+    local_run,
+    new_process,
+    same_evaluations,
+    slopes,
+)
 from typer.testing import CliRunner
 
 import meerkat
@@ -29,26 +36,22 @@ from meerkat.data import clients as data_clients
 from meerkat.data.clients import held_out_shard, load_partition, write_client_folders
 from meerkat.data.encoding import Encoder
 from meerkat.data.sources import Split, load_folder
+from meerkat.engines.mask_to_send import sent_file
 from meerkat.errors import DataError, MaskError, ModelError, ProtocolError, RecipeError, RunError
 from meerkat.federation.messages import ClientReport, RoundPlan
 from meerkat.flower.serving import largest_client_frame
 from meerkat.journal import Journal
-from meerkat.journal.records import Evaluated
-from meerkat.models.loading import LoadedModel, load_model
-from meerkat.node import runtime as node_runtime
 from meerkat.node import session as node_session
 from meerkat.node.config import NodeConfig
 from meerkat.node.session import ClientSession
-from meerkat.progress import Progress
 from meerkat.reporting.observer import ReportWriter
 from meerkat.runs import assembly, remote_run
-from meerkat.runs.events import Observers, RunObserver
+from meerkat.runs.events import Observers
 from meerkat.runs.watching import SelectionWriter
 from meerkat.spaces.mask_file import Mask, load_mask
 from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.metrics import METRICS, metric_names
 from meerkat.tasks.objective import Predictions
-from meerkat.transport.base import Event
 from meerkat.transport.client_frames import (
     Evaluation,
     Failed,
@@ -70,29 +73,12 @@ from meerkat.transport.server_frames import (
     Snapshot,
     SpaceFile,
     Welcome,
-    decode_down,
-    wants_answer,
 )
 from meerkat.zo import noise
-from meerkat.zo.estimators import Estimate
 from meerkat.zo.estimators.two_point import TwoPoint
 from meerkat.zo.log import Update
 
 # What the tests are made of
-
-
-@functools.cache
-def loaded_once(section: Any, runtime: Any) -> LoadedModel:
-    """A run leaves its model as it was; `new_process` does the same for sessions."""
-    return load_model(section, runtime)
-
-
-def new_process() -> None:
-    """Sessions that are made from now on share no state with those before."""
-    for runtime in node_runtime._runtimes.values():
-        if runtime.is_working:
-            runtime.worker.space.restore()
-    node_runtime._runtimes.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -101,14 +87,6 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("MEERKAT_CACHE", str(tmp_path / "cache"))
     yield
     new_process()
-
-
-def slopes(_: Any, losses_at: Any, directions: Any, epsilon: float) -> Estimate:
-    """Coefficients without a forward pass, which depend on θ, z and the examples."""
-    theta, batch = losses_at.theta, losses_at.batch
-    weight = sum(sum(example.prompt) for example in batch) % 101 / 101
-    found = [float(theta[:20] @ z[:20]) + weight * float(z[0]) for z in directions]
-    return Estimate(tuple(found), 0.7)
 
 
 @pytest.fixture
@@ -146,147 +124,6 @@ def mask_file(tiny_recipe_data: dict[str, Any], tmp_path_factory: Any) -> Path:
 @pytest.fixture
 def mask(mask_file: Path) -> Mask:
     return remote_run.load_server_mask(mask_file)
-
-
-class Peers:
-    """A transport whose peers are sessions in this process.
-
-    Args:
-        anew: Is each message answered by a new process?
-    """
-
-    def __init__(self, setup: Setup, nodes: list[NodeConfig], anew: bool = False):
-        self.setup, self.anew = setup, anew
-        self.nodes = {10 + number: node for number, node in enumerate(nodes)}
-        self.events: deque[Event] = deque()
-        self.said: list[str] = []
-        self.sessions = {peer: self._session(node) for peer, node in self.nodes.items()}
-        self.sent: list[tuple[int, DownFrame]] = []
-        self.answers: list[tuple[int, Any]] = []
-        self.before: Callable[[int, DownFrame], bool] = lambda peer, frame: False
-        """Called before a session gets a frame; True: the frame is lost."""
-        self.closed = ""
-        self.cut_in = math.inf
-        """Events after which the transport fails."""
-        self._kept: dict[int, bytes | None] = {}
-        self._waiting: dict[int, list[bytes]] = {}
-        for peer, session in self.sessions.items():
-            self._put(peer, session.begin(setup))
-
-    def reconnect(self, peer: int) -> None:
-        """The peer's process ends, and a new one connects."""
-        self.events.append(Event(peer, None, "its process ended"))
-        new_process()
-        self.sessions[peer] = self._session(self.nodes[peer])
-        self._put(peer, self.sessions[peer].begin(self.setup))
-        # Sessions share one model here: it is read while it is as it was loaded.
-        assert self.sessions[peer]._runtime.worker.position == 0
-
-    def send(self, peer: int, frame: bytes) -> None:
-        decoded = decode_down(frame)
-        self.sent.append((peer, decoded))
-        if self.before(peer, decoded):
-            return
-        if self.anew:
-            self._send_anew(peer, frame)
-        elif peer in self.sessions:
-            for answer in self.sessions[peer].answer(frame):
-                self._put(peer, answer)
-
-    def receive(self, timeout: float) -> Event | None:
-        self.cut_in -= 1
-        if self.cut_in < 0:
-            raise RunError("the transport was stopped")
-        return self.events.popleft() if self.events else None
-
-    def drop(self, peer: int, reason: str, bar: bool = False) -> None:
-        if self.sessions.pop(peer, None) is not None:
-            self.events.append(Event(peer, None, reason))
-
-    def close(self, reason: str) -> None:
-        self.closed = reason
-
-    def count(self, kind: type, peer: int | None = None) -> int:
-        frames = self.sent + self.answers
-        return sum(isinstance(frame, kind) and peer in (None, p) for p, frame in frames)
-
-    def _session(self, node: NodeConfig) -> ClientSession:
-        return ClientSession(node, self.said.append)
-
-    def _put(self, peer: int, frame: bytes) -> None:
-        self.answers.append((peer, decode_up(frame)))
-        self.events.append(Event(peer, frame))
-
-    def _send_anew(self, peer: int, frame: bytes) -> None:
-        """As in Flower's messages: a frame without an answer waits for one that has one."""
-        waiting = self._waiting.setdefault(peer, [])
-        waiting.append(frame)
-        if not wants_answer(frame):
-            return
-        new_process()
-        session = self._session(self.nodes[peer])
-        session.begin(self.setup)
-        kept = self._kept.get(peer)
-        if kept is not None:
-            session.recall(kept)
-        for waited in waiting:
-            for answer in session.answer(waited):
-                self._put(peer, answer)
-        waiting.clear()
-        self._kept[peer] = session.remembered() if self.setup.remember else None
-
-
-class RemoteRun:
-    """A run over `Peers`."""
-
-    def __init__(
-        self, recipe: Recipe, out: Path, mask: Mask, nodes: list[NodeConfig] | None = None
-    ):
-        self.recipe, self.out, self.mask = recipe, out, mask
-        self.nodes = nodes or [NodeConfig(number) for number in range(recipe.federation.clients)]
-        self.lines: list[str] = []
-        self.cut_in = math.inf
-        self.anew = self.remember = False
-        self.before: Callable[[int, DownFrame], bool] = lambda peer, frame: False
-        self.observer = RunObserver()
-        self.peers: Peers
-
-    def run(self) -> dict[str, Any]:
-        return remote_run.host(
-            self.recipe,
-            self.out,
-            self.mask,
-            self._connect,
-            self.observer,
-            Progress(),
-            self.lines.append,
-            remember=self.remember,
-        )
-
-    def _connect(self, setup: Setup) -> Peers:
-        self.peers = Peers(setup, self.nodes, self.anew)
-        self.peers.cut_in, self.peers.before = self.cut_in, self.before
-        return self.peers
-
-
-def local_run(recipe: Recipe, out: Path) -> dict[str, Any]:
-    """The same run in one process."""
-    return meerkat.run(recipe, out=out, observers=())
-
-
-def evaluations(directory: Path) -> list[Evaluated]:
-    with closing(Journal.open(directory / "journal.sqlite")) as journal:
-        return journal.evaluations()
-
-
-def same_evaluations(one: Path, other: Path) -> None:
-    first, second = evaluations(one), evaluations(other)
-    assert [(e.round, e.examples) for e in first] == [(e.round, e.examples) for e in second]
-    for ours, theirs in zip(first, second, strict=True):
-        assert list(ours.metrics) == list(theirs.metrics)
-        # A loss is a sum of float64, in another order here; all else are counts.
-        assert ours.metrics.pop("loss") == pytest.approx(theirs.metrics.pop("loss"), abs=1e-6)
-        assert ours.metrics == theirs.metrics
 
 
 # A remote run is the local run
@@ -1125,8 +962,8 @@ def test_the_models_place_and_the_threads_are_the_nodes(
 def test_the_mask_is_sent_once_and_kept(recipe: Recipe, mask: Mask, tmp_path: Path) -> None:
     setup = setup_of(recipe, mask)
     talk = Talk(setup)
-    assert talk.first == WantSpace()
-    content = remote_run._for_clients(mask)
+    assert talk.first == WantSpace(mask.fingerprint)
+    content = sent_file(mask)
     assert talk(SpaceFile(content)) == Talk(setup).first
     (kept,) = (tmp_path / "cache" / "masks").iterdir()
     assert kept.read_bytes() == content
@@ -1142,25 +979,25 @@ def test_a_mask_that_is_damaged_or_another_is_refused(
     content = damage
     if damage == "other":
         other = replace(mask, indices=tuple(np.unique(i // 2) for i in mask.indices))
-        content = remote_run._for_clients(other)
+        content = sent_file(other)
     talk = Talk(setup_of(recipe, mask))
     answer = talk(SpaceFile(content))
     assert isinstance(answer, Failed)
     assert ("the server sent mask" in answer.reason) == (damage == "other")
     assert not list((tmp_path / "cache" / "masks").iterdir())
-    assert Talk(setup_of(recipe, mask)).first == WantSpace()
+    assert Talk(setup_of(recipe, mask)).first == WantSpace(mask.fingerprint)
 
 
 def test_a_kept_mask_that_was_damaged_is_asked_for_again(
     recipe: Recipe, mask: Mask, tmp_path: Path
 ) -> None:
-    setup, content = setup_of(recipe, mask), remote_run._for_clients(mask)
+    setup, content = setup_of(recipe, mask), sent_file(mask)
     Talk(setup)(SpaceFile(content))
     (kept,) = (tmp_path / "cache" / "masks").iterdir()
     kept.write_bytes(content[:-20])
     new_process()
     talk = Talk(setup)
-    assert talk.first == WantSpace()
+    assert talk.first == WantSpace(mask.fingerprint)
     assert isinstance(talk(SpaceFile(content)), Hello)
     assert kept.read_bytes() == content
 
@@ -1172,7 +1009,7 @@ def test_a_mask_of_the_operator_is_never_written(
     own.write_bytes(mask_file.read_bytes())
     talk = Talk(setup_of(recipe, mask), NodeConfig(0, mask=own))
     with pytest.raises(ProtocolError, match="mask"):
-        talk(SpaceFile(remote_run._for_clients(mask)))
+        talk(SpaceFile(sent_file(mask)))
     assert own.read_bytes() == mask_file.read_bytes()
     assert list(tmp_path.glob("*.part")) == []
     with pytest.raises(MaskError, match="no such file"):

@@ -71,7 +71,7 @@ def test_the_exported_delta_is_the_sum_of_directions(data: dict, tmp_path: Path)
 
     run(data, tmp_path / "run")
     with closing(Journal.open(journal_path(tmp_path / "run"))) as journal:
-        mask = mask_of(tmp_path / "run", journal.header)
+        mask = mask_of(tmp_path / "run", journal)
     w = meerkat.replay(tmp_path / "run").theta
     assert mask.subspace is not None
     assert mask.initial is not None

@@ -454,7 +454,7 @@ REPORTS: dict[str, Callable[[bytes], list[bytes]]] = {
     "thrown": _changed(scalars=lambda r: tuple(1e5 * g + 1e5 for g in r.scalars)),
     "hello as another": lambda frame: [_hello(frame, client=lambda h: h.client + 1)],
     "hellos": lambda frame: [_hello(frame, position=lambda h, p=p: p) for p in range(1000)],
-    "asks for the mask": lambda frame: [encode(WantSpace())] * 1000,
+    "asks for the mask": lambda frame: [encode(WantSpace("ab" * 32))] * 1000,
 }
 """Frames instead of a report."""
 

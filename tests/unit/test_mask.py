@@ -349,11 +349,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"weight": np.zeros(3, np.float32)}, path)
     with pytest.raises(MaskError, match="not a mask file"):
         load_mask(path)
-    save_file({"weight": np.zeros(3)}, path, {"format": "meerkat-mask-4", "mask": "[1, 2]"})
+    save_file({"weight": np.zeros(3)}, path, {"format": "meerkat-mask-5", "mask": "[1, 2]"})
     with pytest.raises(MaskError, match="not a mask file"):
         load_mask(path)
-    save_file({"weight": np.zeros(3)}, path, {"format": "meerkat-mask-5", "mask": "{}"})
-    with pytest.raises(MaskError, match=r"a newer version.*meerkat-mask-5"):
+    save_file({"weight": np.zeros(3)}, path, {"format": "meerkat-mask-6", "mask": "{}"})
+    with pytest.raises(MaskError, match=r"a newer version.*meerkat-mask-6"):
         load_mask(path)
     save_file({"weight": np.zeros(3)}, path, {"format": "meerkat-mask-2", "mask": "{}"})
     with pytest.raises(MaskError, match=r"an older version.*meerkat-mask-2"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, model_validator
 
@@ -110,6 +110,7 @@ class Recipe(Section):
             )
         self._check_selection()
         self._check_exact()
+        self._check_renewal()
         return self
 
     def _check_selection(self) -> None:
@@ -140,6 +141,23 @@ class Recipe(Section):
                     f"selection.{field} = {getattr(chosen, field)!r} needs paths to judge by; "
                     "set selection.kind = 'gradip'"
                 )
+
+    def _check_renewal(self) -> None:
+        """Can this subspace be made again in mid-run?"""
+        found = self.subspace
+        if found is None or not found.renew_every:
+            return
+        asked = f"subspace.renew_every = {found.renew_every}"
+        if found.kind != "aligned":
+            raise ValueError(
+                f"{asked} needs a subspace that follows the model: {found.kind!r} does not; leave "
+                "it out, or take subspace.kind = 'aligned'"
+            )
+        if self.selection.kind == "gradip" and self.selection.signal == "gradip":
+            raise ValueError(
+                f"{asked} leaves no fixed directions to judge clients by GradIP along; set "
+                "selection.signal = 'projected-gradient'"
+            )
 
     def _check_exact(self) -> None:
         """Is there a subspace for exact gradients, of a size that a report may have?"""
@@ -252,10 +270,12 @@ def without_neutral(section: type[BaseModel], dumped: dict[str, Any]) -> dict[st
     for name, field in section.model_fields.items():
         if name not in dumped:
             continue
-        value, kind = dumped[name], field.annotation
+        value = dumped[name]
         if any(isinstance(mark, Neutral) and mark.value == value for mark in field.metadata):
             continue
-        if isinstance(kind, type) and issubclass(kind, Section) and kind is not Choice:
-            value = without_neutral(kind, value)
+        for kind in get_args(field.annotation) or (field.annotation,):  # a section may be left out
+            own = isinstance(kind, type) and issubclass(kind, Section) and kind is not Choice
+            if own and value is not None:
+                value = without_neutral(kind, value)
         kept[name] = value
     return kept

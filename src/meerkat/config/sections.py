@@ -133,7 +133,7 @@ class SubspaceSection(Section):
     """Whose gradient a text gives: the difference of two answers' scores (`auto` where there are
     two), the log-probability of an answer that the model or a die draws (`sampled`, `uniform`), or
     a random combination of all answers' scores (`mixed`, `auto` where there are more)."""
-    answer_tokens: Annotated[Count, Neutral(16)] = 16
+    answer_tokens: Count = 16
     """Most tokens of an answer that the model draws, in a task of free text."""
     damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """δ, as a share of the largest curvature."""
@@ -143,6 +143,8 @@ class SubspaceSection(Section):
     """Where training starts: where the public texts prefer no answer on average (of an aligned
     subspace for a task with answers), or at the model as it was loaded. `auto` is `balanced` for
     two answers; of more, texts of one kind may well prefer one (docs/results/subspace.md)."""
+    renew_every: Annotated[int, Field(ge=0), Neutral(0)] = 0
+    """Rounds after which an aligned subspace is made again, at the weights of then; 0 is never."""
     seed: Seed = 0
     """Which texts, and what is drawn."""
 

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import ClientReport, RoundPlan
 from meerkat.federation.rounds import check_report
+from meerkat.spaces.mask_file import Mask
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
@@ -59,6 +60,14 @@ class Engine(Protocol):
 
     def able(self) -> Collection[int]:
         """Numbers of those of them that can report the exact gradient."""
+
+    def renew(self, mask: Mask, begins: int, state: ModelState, position: int) -> None:
+        """Go on in the subspace of another mask over the same coordinates.
+
+        Args:
+            begins: Position of the log at which that subspace starts.
+            state, position: Where the run stands: at that start, or later where it is resumed.
+        """
 
     def run(self, assignment: Assignment) -> Outcome:
         """Give each client its plan and return the reports."""

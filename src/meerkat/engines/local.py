@@ -6,7 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 
 from meerkat.engines.base import Assignment, Outcome
 from meerkat.federation.client import Client, Worker
+from meerkat.spaces.base import ParameterSpace
+from meerkat.spaces.mask_file import Mask
 from meerkat.transport.messages import decode_plan, decode_report, encode_plan, encode_report
+from meerkat.zo.state import ModelState
 
 __all__ = ["LocalEngine"]
 
@@ -15,6 +18,7 @@ class LocalEngine:
     """Runs any number of clients with one worker, so with one model and one state.
 
     Args:
+        space_of: Makes the space of a mask in the worker's model, whose bits are as loaded.
         answered: Called after each client's report, for progress.
     """
 
@@ -22,10 +26,12 @@ class LocalEngine:
         self,
         worker: Worker,
         clients: Sequence[Client],
+        space_of: Callable[[Mask], ParameterSpace],
         answered: Callable[[], None] = lambda: None,
     ):
         self._worker = worker
         self._clients = clients
+        self._space_of = space_of
         self._answered = answered
 
     def present(self) -> Collection[int]:
@@ -33,6 +39,11 @@ class LocalEngine:
 
     def able(self) -> Collection[int]:
         return self.present()
+
+    def renew(self, mask: Mask, begins: int, state: ModelState, position: int) -> None:
+        self._worker.space.restore()
+        self._worker.enter(self._space_of(mask), begins)
+        self._worker.synchronise(state, position)
 
     def run(self, assignment: Assignment) -> Outcome:
         """Each client answers its plan; plan and report are encoded and decoded as on the wire."""

@@ -35,6 +35,8 @@ class Member:
     """Updates of the log that its state contains; None where its state is not trusted."""
     overdue: str = ""
     """Name of a closed request that it has not answered; until it does, it gets no other."""
+    renewing: bool = False
+    """Was it set up again, and has not said hello since?"""
 
 
 class Members:
@@ -107,8 +109,21 @@ class Members:
 
     def set_overdue(self, client: int, request: str) -> None:
         """A connected client has not answered this request; "" when it has."""
-        self._members[client].overdue = request
-        (self._idle.discard if request else self._idle.add)(client)
+        member = self._members[client]
+        member.overdue = request
+        (self._idle.discard if request or member.renewing else self._idle.add)(client)
+
+    def renew(self, proof: Proof, setup: bytes) -> int:
+        """Set up all clients again, with what they must have in common from now on.
+
+        They are not idle until they say hello again. Returns how many there are.
+        """
+        self._proof = proof
+        self._idle.clear()
+        for member in self._members.values():
+            member.renewing = True
+            self._transport.send(member.peer, setup)
+        return len(self._members)
 
     def departure(self, client: int) -> tuple[float, str] | None:
         """When a client left, on the monotonic clock, and why; None if it did not."""

@@ -14,18 +14,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import cache
 
 from meerkat.config import Federation, Network
 from meerkat.engines.base import Assignment, Outcome
+from meerkat.engines.mask_to_send import sent_file
 from meerkat.engines.members import Members
 from meerkat.engines.requests import EvaluationRequest, OpenRequest, Request, RoundRequest
 from meerkat.errors import ProtocolError, RunError
 from meerkat.journal.records import Evaluated
+from meerkat.spaces.mask_file import Mask
 from meerkat.transport.base import Event, Transport
 from meerkat.transport.client_frames import Failed, Hello, Need, WantSpace, decode_up
 from meerkat.transport.frame import UpFrame, encode
-from meerkat.transport.handshake import Proof
-from meerkat.transport.server_frames import Notice, SpaceFile
+from meerkat.transport.server_frames import Notice, Setup, SpaceFile
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
@@ -43,7 +46,8 @@ class RemoteEngine:
     """Sends plans over a transport and collects reports.
 
     Args:
-        mask: Gives the mask as a file, for clients that lack it.
+        setup: What clients were set up with.
+        mask: Sent to clients that lack it.
         say: Takes a line for the log.
         answered: Called after each client's report, for progress.
         trusted: Are the clients processes of one simulation? Where all of them fail, it ends.
@@ -55,21 +59,24 @@ class RemoteEngine:
         transport: Transport,
         federation: Federation,
         network: Network,
-        proof: Proof,
-        mask: Callable[[], bytes],
+        setup: Setup,
+        mask: Mask,
         say: Callable[[str], None],
         answered: Callable[[], None] = lambda: None,
         trusted: bool = False,
         exact: Collection[int] = (),
     ):
-        self._transport, self._network, self._mask = transport, network, mask
-        self._members = Members(transport, federation.clients, proof, say, network.rebind, exact)
+        self._transport, self._network, self._setup = transport, network, setup
+        self._file = cache(lambda: sent_file(mask))
+        self._former: set[str] = set()
+        clients, proof = federation.clients, setup.proof
+        self._members = Members(transport, clients, proof, say, network.rebind, exact)
         self._clients = federation.clients
         sampled = federation.clients_per_round or federation.clients
         self._quorum = network.quorum or sampled // 2 + 1
         self._steps = federation.local_steps
         self._say, self._answered, self._trusted = say, answered, trusted
-        self._started = False
+        self._awaited = federation.clients
         self._open: OpenRequest | None = None
         self._bytes_up = self._bytes_down = 0
 
@@ -78,15 +85,16 @@ class RemoteEngine:
     def present(self) -> Collection[int]:
         """Clients that can be sent a request now.
 
-        The first call waits up to `network.deadline` for all clients, every call for a quorum.
+        The first call waits up to `network.deadline` for all clients, the first in a renewed
+        subspace for those that were there before, every call for a quorum.
 
         Raises:
             RunError: There was no quorum for `network.patience` seconds.
         """
         self._drain(self._clients)
-        if not self._started:
-            self._wait(self._clients, self._network.deadline)
-            self._started = True
+        if self._awaited:
+            self._wait(self._awaited, self._network.deadline)
+            self._awaited = 0
         if len(self._members.idle) < self._quorum and not self._wait(
             self._quorum, self._network.patience
         ):
@@ -101,6 +109,16 @@ class RemoteEngine:
     def able(self) -> Collection[int]:
         """Connected clients whose hello says that they can report the exact gradient."""
         return frozenset(k for k in self._members.idle if self._members[k].hello.gradients)
+
+    def renew(self, mask: Mask, begins: int, state: ModelState, position: int) -> None:
+        """Set up all clients again; each asks for the mask, and starts from its subspace."""
+        self._drain(self._clients)
+        self._former.add(self._setup.proof.space)
+        proof = replace(self._setup.proof, space=mask.fingerprint)
+        self._setup = replace(self._setup, proof=proof, position=begins)
+        self._file = cache(lambda: sent_file(mask))
+        self._transport.introduce(self._setup)
+        self._awaited = self._members.renew(proof, encode(self._setup))
 
     def run(self, assignment: Assignment) -> Outcome:
         """Send each client its plan and collect the reports that arrive in time.
@@ -277,8 +295,10 @@ class RemoteEngine:
             frame = decode_up(event.frame)
             if client is None or isinstance(frame, Hello | WantSpace):
                 self._members.count_asked(peer)
-            if isinstance(frame, WantSpace):
-                self._transport.send(peer, encode(SpaceFile(self._mask())))
+            if self._is_former(frame):
+                self._transport.send(peer, encode(self._setup))
+            elif isinstance(frame, WantSpace):
+                self._transport.send(peer, encode(SpaceFile(self._file())))
             elif isinstance(frame, Hello):
                 admitted = self._members.admit(peer, frame)
                 if admitted and self._open is not None and frame.client in self._open.pending:
@@ -293,6 +313,12 @@ class RemoteEngine:
                 self._take_overdue(client, frame)
         except ProtocolError as error:
             self._members.disconnect(peer, str(error))
+
+    def _is_former(self, frame: UpFrame) -> bool:
+        """Does a client speak of a subspace that was renewed since it was set up?"""
+        if isinstance(frame, Hello):
+            return frame.proof.space in self._former
+        return isinstance(frame, WantSpace) and frame.space in self._former
 
     def _take(self, opened: OpenRequest, client: int, frame: UpFrame, size: int) -> None:
         """A frame of a client that the open request waits for."""

@@ -38,6 +38,15 @@ class Worker:
         self.position = 0
         """Updates of the log that the state contains."""
 
+    def enter(self, space: ParameterSpace, position: int) -> None:
+        """Go on in another space, from its own start, which follows so many updates.
+
+        The former space must have been restored before this one was made.
+        """
+        self.space = space
+        self.initial = self.state = self.algorithm.init(space.read())
+        self.position = position
+
     def synchronise(self, state: ModelState, position: int) -> None:
         """Take the state as it is after `position` updates, instead of applying them."""
         self.state = state

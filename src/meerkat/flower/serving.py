@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
+from jaxtyping import Float32
 
 from meerkat.config import Recipe
 from meerkat.errors import MaskError, RecipeError
@@ -25,6 +26,7 @@ from meerkat.progress import Progress
 from meerkat.runs.directory import holds_run, mask_path
 from meerkat.runs.events import RunObserver
 from meerkat.runs.remote_run import host, load_server_mask
+from meerkat.runs.renewal import MakeMask
 from meerkat.spaces.mask_file import Mask
 from meerkat.tasks import resolve_task
 from meerkat.tasks.metrics import METRICS, metric_names
@@ -86,6 +88,7 @@ def serve(
             label_counts,
             remember=not simulated,
             trusted=simulated,
+            make_mask=_recalibrated(out) if simulated else None,
         )
 
 
@@ -134,15 +137,34 @@ def _calibrated(recipe: Recipe, progress: Progress) -> Mask:
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "recipe.json", Path(scratch) / "mask.safetensors"
         source.write_text(recipe.to_json(), "utf-8")
-        command = [sys.executable, "-m", "meerkat", "calibrate", str(source), "--out", str(target)]
         progress.start("Finding the mask", 1)
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("meerkat: ")]
-            reason = said[-1].removeprefix("meerkat: ") if said else done.stderr[-300:]
-            raise MaskError(f"the mask could not be made: {reason}")
+        command = ["calibrate", str(source), "--out", str(target)]
+        _run_command(command, "the mask could not be made")
         progress.advance()
         return load_server_mask(target)
+
+
+def _recalibrated(out: Path) -> MakeMask:
+    """Renews the subspace of a simulation, in a process of its own like `_calibrated`."""
+
+    def make(path: Path, mask: Mask, weights: Float32[np.ndarray, " n"]) -> None:
+        _run_command(["recalibrate", str(out), "--once"], "the subspace could not be renewed")
+
+    return make
+
+
+def _run_command(arguments: list[str], failure: str) -> None:
+    """Run one of our commands in a process of its own.
+
+    Raises:
+        MaskError: It did not work; the line is the one of that process.
+    """
+    command = [sys.executable, "-m", "meerkat", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("meerkat: ")]
+        reason = said[-1].removeprefix("meerkat: ") if said else done.stderr[-300:]
+        raise MaskError(f"{failure}: {reason}")
 
 
 def _check_nodes(grid: Grid, recipe: Recipe) -> None:

@@ -107,6 +107,9 @@ class FlowerMessages:
             self._refused.add(peer)
             self._refusals.failed(peer)
 
+    def introduce(self, setup: Setup) -> None:
+        self._setup = encode(setup)
+
     def receive(self, timeout: float) -> Event | None:
         end, pause = time.monotonic() + timeout, 0.005
         while not self._events:
@@ -209,6 +212,9 @@ class FlowerStreams:
 
     def send(self, peer: int, frame: bytes) -> None:
         self._hub.send(peer, frame)
+
+    def introduce(self, setup: Setup) -> None:
+        self._setup = encode(setup)
 
     def receive(self, timeout: float) -> Event | None:
         if self._stopped:

@@ -1,6 +1,6 @@
 """The append-only record of a run (SQLite, write-ahead log): replay and resume read it."""
 
 from meerkat.journal.journal import Journal
-from meerkat.journal.replaying import replay
+from meerkat.journal.replaying import origin, replay
 
-__all__ = ["Journal", "replay"]
+__all__ = ["Journal", "origin", "replay"]

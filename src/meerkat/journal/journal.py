@@ -19,7 +19,7 @@ from meerkat.federation.messages import ClientReport
 from meerkat.federation.rounds import RoundRecord
 from meerkat.federation.selection import Decision
 from meerkat.journal.codec import decode_report, decode_updates, encode_report, encode_updates
-from meerkat.journal.records import Checkpoint, Evaluated, RoundMetrics
+from meerkat.journal.records import Checkpoint, Evaluated, Renewal, RoundMetrics
 from meerkat.journal.store import Store, chain_digest, check_damage
 
 __all__ = ["Journal"]
@@ -72,7 +72,10 @@ class Journal(Store):
         try:
             kept = cls.create(scratch, damaged.header, damaged.theta0)
             evaluations = {e.round: e for e in damaged._readable_evaluations()}
+            renewals = {renewal.round: renewal for renewal in damaged.renewals()}
             for record, metrics in damaged._good_rounds():
+                if record.round in renewals:
+                    kept.append_renewal(renewals[record.round])
                 if record.round in evaluations:
                     kept.append_evaluation(evaluations.pop(record.round))
                 kept.append_round(record, metrics)
@@ -180,6 +183,19 @@ class Journal(Store):
                 (content, self._seal(content)),
             )
 
+    def append_renewal(self, renewal: Renewal) -> None:
+        """Write that a subspace was made again; its mask is in the run's directory by then.
+
+        Raises:
+            JournalError: As `append_round`.
+        """
+        content = renewal.encode()
+        with self._writing() as connection:
+            connection.execute(
+                "INSERT INTO renewals VALUES (?, ?, ?)",
+                (renewal.round, content, self._seal(content)),
+            )
+
     # What everyone reads
 
     @property
@@ -210,6 +226,16 @@ class Journal(Store):
         """All decisions in the order they were made; the last is in force."""
         rows = self._sealed("SELECT content, seal FROM decisions ORDER BY made")
         return [Decision.from_json(content.decode()) for content in rows]
+
+    def renewals(self, before: int | None = None) -> list[Renewal]:
+        """Subspaces that were made in mid-run, by round.
+
+        Args:
+            before: Only those whose first round comes before this one.
+        """
+        rows = self._sealed("SELECT content, seal FROM renewals ORDER BY round")
+        found = map(Renewal.decode, rows)
+        return [renewal for renewal in found if before is None or renewal.round < before]
 
     def checkpoints(self) -> Iterator[Checkpoint]:
         """The checkpoints that are whole, the last one first."""
@@ -283,8 +309,8 @@ class Journal(Store):
                 check = self._connection.execute("PRAGMA quick_check(1)").fetchone()
                 broken = check[0] != "ok"
             good = start + sum(1 for _ in self._good_rounds(start))
-            kept = sum(1 for _ in self.calibrations()), len(self.decisions())
-            whole = kept == (self._count("calibrations"), self._count("decisions"))
+            kept = sum(1 for _ in self.calibrations()), len(self.decisions()), len(self.renewals())
+            whole = kept == tuple(map(self._count, ("calibrations", "decisions", "renewals")))
             return good if broken or not whole or good != self.rounds else None
         except (sqlite3.DatabaseError, ValueError, KeyError, TypeError) as error:
             check_damage(error, self.path)

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Self
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from meerkat.algorithms import make_algorithm
 from meerkat.config import Recipe, parse_recipe
@@ -20,7 +20,7 @@ from meerkat.federation.algorithm import Algorithm
 from meerkat.spaces.mask_file import Mask
 from meerkat.zo import noise
 
-__all__ = ["Checkpoint", "Evaluated", "Header", "RoundMetrics", "header_of"]
+__all__ = ["Checkpoint", "Evaluated", "Header", "Renewal", "RoundMetrics", "header_of"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,32 @@ class RoundMetrics:
     bytes_down: int
     """Encoded size of all plans."""
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Renewal:
+    """A subspace made in mid-run, and the state that its rounds start from."""
+
+    round: int
+    """The first round that is in it."""
+    position: int
+    """Updates of the log before it."""
+    space: str
+    """Fingerprint of the mask with it, whose file is in the run's directory."""
+    start: Float32[np.ndarray, " k"]
+    """w before that round; w = 0 are the weights that the rounds before have led to."""
+
+    def encode(self) -> bytes:
+        """Bytes of it."""
+        head = struct.pack("<QQ32s", self.round, self.position, bytes.fromhex(self.space))
+        return head + self.start.astype("<f4").tobytes()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The renewal in these bytes, which are sealed by the journal."""
+        round, position, space = struct.unpack_from("<QQ32s", data)
+        start = np.frombuffer(data, "<f4", offset=struct.calcsize("<QQ32s")).astype(np.float32)
+        return cls(round, position, space.hex(), start)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from meerkat.errors import JournalError
 from meerkat.journal.journal import Journal
-from meerkat.zo.state import ModelState
+from meerkat.zo.state import ModelState, Theta
 
-__all__ = ["replay"]
+__all__ = ["origin", "replay"]
 
 
 def replay(journal: Journal, rounds: int | None = None, audit: bool = False) -> ModelState:
     """The state after so many rounds (all by default), from the journal alone.
+
+    It is a state of the subspace that those rounds ended in, whether or not that is renewed then.
 
     Args:
         audit: Start from the initial state, whatever checkpoints there are, and compare the state
@@ -31,9 +33,12 @@ def replay(journal: Journal, rounds: int | None = None, audit: bool = False) -> 
         _check(journal, done, state, journal.state_digest(done))
     marks = {found.round: found.state for found in journal.checkpoints()} if audit else {}
     recorded = state.digest
+    renewed = {renewal.round: renewal.start for renewal in journal.renewals()}
     for record, _ in journal.records(done):
         if done == wanted:
             break
+        if done in renewed:
+            state = algorithm.init(renewed[done])
         state, done = algorithm.apply(state, record.updates), record.round + 1
         recorded = record.state_digest
         if audit:
@@ -42,6 +47,12 @@ def replay(journal: Journal, rounds: int | None = None, audit: bool = False) -> 
                 raise JournalError(f"{journal.path}: the checkpoint after round {done} is another")
     _check(journal, done, state, recorded)
     return state
+
+
+def origin(journal: Journal, rounds: int | None = None) -> tuple[int, Theta]:
+    """From which round, and which values, a state of `replay` has been led to in its space."""
+    renewals = journal.renewals(journal.rounds if rounds is None else rounds)
+    return (renewals[-1].round, renewals[-1].start) if renewals else (0, journal.theta0)
 
 
 def _check(journal: Journal, done: int, state: ModelState, recorded: str) -> None:

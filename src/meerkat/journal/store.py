@@ -32,8 +32,9 @@ CREATE TABLE calibrations (client INTEGER PRIMARY KEY, payload BLOB NOT NULL, se
 CREATE TABLE checkpoints (round INTEGER PRIMARY KEY, content BLOB NOT NULL, chain BLOB NOT NULL,
                           seal BLOB NOT NULL);
 CREATE TABLE decisions (made INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
+CREATE TABLE renewals (round INTEGER PRIMARY KEY, content BLOB NOT NULL, seal BLOB NOT NULL);
 """
-FORMAT = 4
+FORMAT = 5
 """Version of the journal: its tables, header and codec."""
 
 

@@ -25,10 +25,12 @@ class ClientRuntime:
     Args:
         mask: Its file.
         own: Is the data a folder with the examples of one client?
+        begins: Updates of the log before the state that the mask's space starts from.
     """
 
-    def __init__(self, assembly: Assembly, mask: Path, own: bool):
+    def __init__(self, assembly: Assembly, mask: Path, own: bool, begins: int = 0):
         self.assembly = assembly
+        self._begins = begins
         self.session = ""
         """The server's session that the state belongs to."""
         self._own = own
@@ -47,12 +49,19 @@ class ClientRuntime:
     @cached_property
     def worker(self) -> Worker:
         """The model, and the state after the updates received so far."""
-        return self.assembly.worker()
+        worker = self.assembly.worker()
+        worker.synchronise(worker.initial, self._begins)
+        return worker
+
+    def leave(self) -> None:
+        """Put the model's own weights back, for another runtime with the same model."""
+        if self.is_working:
+            self.worker.space.restore()
 
     def join(self, session: str) -> None:
         """Begin a session; unless it is the current one, the state is initial again."""
         if self.is_working and session != self.session:
-            self.worker.synchronise(self.worker.initial, 0)
+            self.worker.synchronise(self.worker.initial, self._begins)
         self.session = session
 
     def client(self, number: int) -> Client:
@@ -90,7 +99,7 @@ def assembly_of(node: NodeConfig, recipe: Recipe, setup: Setup) -> Assembly:
     """
     key = repr((_shared(node), setup.recipe))
     if key not in _assemblies:
-        _runtimes.clear()
+        _leave_all()
         _assemblies.clear()
         _assemblies[key] = assemble(recipe, data=node.data)
     return _assemblies[key]
@@ -102,10 +111,17 @@ def runtime_of(node: NodeConfig, recipe: Recipe, setup: Setup, mask: Path) -> Cl
     Args:
         recipe: The setup's, with the node's settings.
     """
-    key = repr((_shared(node), setup.recipe, setup.proof, mask))
+    key = repr((_shared(node), setup.recipe, setup.proof, setup.position, mask))
     if key not in _runtimes:
-        _runtimes.clear()
+        _leave_all()
         assembly = replace(assembly_of(node, recipe, setup), mask_file=mask)
-        _runtimes[key] = ClientRuntime(assembly, mask, node.data is not None)
+        own = node.data is not None
+        _runtimes[key] = ClientRuntime(assembly, mask, own, setup.position)
     _runtimes[key].join(setup.session)
     return _runtimes[key]
+
+
+def _leave_all() -> None:
+    for runtime in _runtimes.values():
+        runtime.leave()
+    _runtimes.clear()

@@ -91,21 +91,29 @@ class ClientSession:
     def begin(self, setup: Setup) -> bytes:
         """The client's first frame on a connection: a hello, or a request for the mask.
 
+        Where the connection broke after the subspace was renewed, the later setup holds.
+
         Raises:
             MeerkatError: Model, data or settings do not fit the run.
         """
+        last = self._setup
+        if last is not None and last.session == setup.session and last.position > setup.position:
+            setup = last
+        return encode(self._begin(setup))
+
+    def _begin(self, setup: Setup) -> UpFrame:
         if self._recipe is None or setup != self._setup:
             self._setup, self._recipe = setup, self._node.recipe(setup.recipe)
-        frame: UpFrame = WantSpace()
+        frame: UpFrame = WantSpace(setup.proof.space)
         path = self._mask_path(setup, self._recipe)
         if path.exists():
             try:
                 self._runtime = runtime_of(self._node, self._recipe, setup, path)
                 frame = self._hello(self._runtime, setup)
             except MaskError:
-                if self._node.mask is not None:
+                if self._has_own_mask(setup):
                     raise  # else the cached mask is damaged, and the server sends it again
-        return encode(frame)
+        return frame
 
     def answer(self, data: bytes) -> Iterator[bytes]:
         """The frames that answer a frame of the server.
@@ -153,7 +161,7 @@ class ClientSession:
     def _answer(self, frame: DownFrame) -> UpFrame | None:
         match frame:
             case Setup():
-                raise ProtocolError("a second setup in one conversation")
+                return self._renew(frame)
             case SpaceFile(content):
                 return self._keep_mask(content)
             case Welcome():
@@ -167,6 +175,16 @@ class ClientSession:
             case _:
                 return self._work(frame)
         return None
+
+    def _renew(self, setup: Setup) -> UpFrame:
+        """The answer to the setup of a renewed subspace."""
+        former = self._setup
+        if former is None or (setup.session, setup.recipe) != (former.session, former.recipe):
+            raise ProtocolError("a second setup in one conversation")
+        if setup.position < former.position:
+            raise ProtocolError("a setup of a subspace that was renewed")
+        self._say(f"client {self._node.client}: the subspace is renewed")
+        return self._begin(setup)
 
     def _work(self, frame: DownFrame) -> UpFrame | None:
         if self._runtime is None or self._setup is None:
@@ -222,8 +240,12 @@ class ClientSession:
         sums = {name: tuple(values.tolist()) for name, values in found.items()}
         return Evaluation(number, len(examples), sums)
 
+    def _has_own_mask(self, setup: Setup) -> bool:
+        """Is the mask of a setup one that the operator gave, as it is until it is renewed?"""
+        return self._node.mask is not None and not setup.position
+
     def _mask_path(self, setup: Setup, recipe: Recipe) -> Path:
-        if self._node.mask is not None:
+        if self._node.mask is not None and self._has_own_mask(setup):
             if not self._node.mask.is_file():
                 raise MaskError(f"--node-config mask = {str(self._node.mask)!r}: no such file")
             return self._node.mask
@@ -234,7 +256,7 @@ class ClientSession:
         setup, recipe = self._setup, self._recipe
         if setup is None or recipe is None:
             raise ProtocolError("a mask before the setup")
-        if self._node.mask is not None:
+        if self._has_own_mask(setup):
             raise ProtocolError("a mask that was not asked for")
         path = self._mask_path(setup, recipe)
         scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -255,7 +277,7 @@ class ClientSession:
         differs = difference(runtime.proof, setup.proof)
         if differs is not None:
             self._say(f"client {client} does not fit this run: {differs}")
-        position = runtime.worker.position if runtime.is_working else 0
+        position = runtime.worker.position if runtime.is_working else setup.position
         examples, held_out = len(runtime.client(client).examples), len(runtime.held_out(client))
         gradients = self._node.gradients
         return Hello(client, examples, held_out, position, runtime.proof, gradients)

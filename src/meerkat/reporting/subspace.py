@@ -10,7 +10,7 @@ import altair as alt
 import numpy as np
 
 from meerkat.errors import JournalError, MaskError
-from meerkat.journal import Journal
+from meerkat.journal import Journal, origin
 from meerkat.reporting.figure import (
     BLUE,
     GREY,
@@ -61,7 +61,7 @@ class Within:
     spread: Spread | None
     """None where the directions are random, or the run's mask is not here."""
     rounds: list[int]
-    """Rounds done, of which w is known."""
+    """Rounds done, of which w is known: from the last renewal on."""
     path: np.ndarray
     """|w_j| then, from where it started, a row for each of them."""
 
@@ -75,13 +75,14 @@ def read_within(directory: Path, journal: Journal) -> Within | None:
         return None
     if section is None:
         return None
-    rounds = thin(journal.rounds + 1, _POINTS)
-    state, rows = algorithm.init(journal.theta0), [np.zeros_like(journal.theta0)]
+    first, start = origin(journal)
+    rounds = [first + number for number in thin(journal.rounds + 1 - first, _POINTS)]
+    state, rows = algorithm.init(start), [np.zeros_like(start)]
     wanted = set(rounds)
-    for record, _ in journal.records():
+    for record, _ in journal.records(first):
         state = algorithm.apply(state, record.updates)
         if record.round + 1 in wanted:
-            rows.append(np.abs(state.theta - journal.theta0))
+            rows.append(np.abs(state.theta - start))
     spread = None
     if section.kind == "aligned":
         spread = _spread(directory, journal, section.damping)
@@ -101,7 +102,7 @@ def draw_within(within: Within) -> list[Figure]:
 def _spread(directory: Path, journal: Journal, damping: float) -> Spread | None:
     """From the run's own mask, if the directory holds it."""
     try:
-        subspace = mask_of(directory, journal.header).subspace
+        subspace = mask_of(directory, journal).subspace
     except (JournalError, MaskError, OSError):
         return None
     if subspace is None or not subspace.curvature:
@@ -160,8 +161,10 @@ def _path(within: Within) -> Figure:
     )
     chart = bars.encode(x=_directions(count), y=alt.Y("y:Q", title="|w_j|"))
     held, largest = directions_holding(last), int(last.argmax())
+    since = f", since the renewal before round {within.rounds[0]}," if within.rounds[0] else ""
     sentence = (
-        f"After {plural(within.rounds[-1], 'round')} {plural(held, 'direction')} of {count:,} "
+        f"After {plural(within.rounds[-1], 'round')}{since} {plural(held, 'direction')} of "
+        f"{count:,} "
         f"{'holds' if held == 1 else 'hold'} half of |w|²; the largest is direction {largest + 1}, "
         f"with |w_j| = {measured(float(last[largest]))}"
     )
@@ -184,15 +187,15 @@ def _by_round(within: Within) -> Figure:
     ]
     colours = alt.Scale(domain=names, range=list(LABEL_COLOURS[: len(names)]))
     legend = alt.Legend(orient="top", columns=3, symbolType="stroke", symbolStrokeWidth=3)
-    end = within.rounds[-1]
+    ends = [within.rounds[0], within.rounds[-1]]
     marks = alt.Axis(tickCount=6, grid=False)
-    if end <= 6:
-        marks = alt.Axis(values=list(range(end + 1)), format="d", grid=False)
+    if ends[1] - ends[0] <= 6:
+        marks = alt.Axis(values=list(range(ends[0], ends[1] + 1)), format="d", grid=False)
     chart: Chart = (
         alt.Chart(alt.InlineData(values=rows))
         .mark_line(strokeWidth=2)
         .encode(
-            x=alt.X("round:Q", title="rounds done", scale=alt.Scale(domain=[0, end]), axis=marks),
+            x=alt.X("round:Q", title="rounds done", scale=alt.Scale(domain=ends), axis=marks),
             y=alt.Y("y:Q", title="|w_j|"),
             color=alt.Color("line:N", title=None, scale=colours, legend=legend),
         )
@@ -202,7 +205,7 @@ def _by_round(within: Within) -> Figure:
     sentence = f"The {what} over the rounds; at the end {_hold(len(chosen))} {_percent(share)} "
     return Figure(
         NAMES[2],
-        f"{sentence}of |w|²" + left_out(end + 1, len(within.rounds), "states"),
+        f"{sentence}of |w|²" + left_out(ends[1] - ends[0] + 1, len(within.rounds), "states"),
         dressed(chart, "The largest directions by round", _HEIGHT),
     )
 

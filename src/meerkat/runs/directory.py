@@ -2,6 +2,7 @@
 
 DIR/recipe.json      the recipe; only [runtime] and [network] may be edited
 DIR/mask.safetensors the mask
+DIR/mask-000030.safetensors  the mask with the subspace renewed before round 30, and so on
 DIR/journal.sqlite   the record
 DIR/selection.json   who is stopped early and why, where a selection was made
 DIR/summary.json     the figures, once the run is complete
@@ -17,7 +18,7 @@ from pathlib import Path
 from meerkat.config import Recipe, load_recipe
 from meerkat.errors import JournalError, MeerkatError, RecipeError, RunError
 from meerkat.journal import Journal
-from meerkat.journal.records import Header
+from meerkat.journal.records import Header, Renewal
 from meerkat.spaces.mask_file import Mask, load_mask
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "mask_path",
     "open_journal",
     "recipe_of",
+    "renewed_mask",
+    "renewed_mask_path",
     "summary_path",
 ]
 
@@ -90,6 +93,11 @@ def mask_path(directory: Path) -> Path:
     return directory / _MASK
 
 
+def renewed_mask_path(directory: Path, round: int) -> Path:
+    """Of the mask with the subspace that was made before a round in mid-run."""
+    return directory / f"mask-{round:06d}.safetensors"
+
+
 def summary_path(directory: Path) -> Path:
     return directory / _SUMMARY
 
@@ -137,17 +145,35 @@ def recipe_of(directory: Path) -> Recipe:
         raise
 
 
-def mask_of(directory: Path, header: Header) -> Mask:
-    """The mask of a run directory, which must be the one that the journal names.
+def mask_of(directory: Path, journal: Journal, rounds: int | None = None) -> Mask:
+    """The mask of a run after so many rounds (all by default), as the journal names it.
+
+    It is that of the last subspace that a round was in, as `journal.replay` has its state.
 
     Raises:
-        MaskError: It is missing or damaged.
+        MaskError: Its file is missing or damaged.
         JournalError: It is another.
     """
-    mask = load_mask(mask_path(directory), header.model)
-    if mask.fingerprint != header.space:
+    renewals = journal.renewals(journal.rounds if rounds is None else rounds)
+    if renewals:
+        return renewed_mask(directory, journal.header, renewals[-1])
+    return _named(mask_path(directory), journal.header, journal.header.space)
+
+
+def renewed_mask(directory: Path, header: Header, renewal: Renewal) -> Mask:
+    """The mask with a subspace that was made in mid-run.
+
+    Raises:
+        MaskError, JournalError: As `mask_of`.
+    """
+    return _named(renewed_mask_path(directory, renewal.round), header, renewal.space)
+
+
+def _named(path: Path, header: Header, space: str) -> Mask:
+    mask = load_mask(path, header.model)
+    if mask.fingerprint != space:
         raise JournalError(
-            f"{directory / _MASK} is not the mask of this run ({mask.fingerprint[:12]}, journal "
-            f"{header.space[:12]}); put the run's own mask back"
+            f"{path} is not the mask of this run ({mask.fingerprint[:12]}, journal "
+            f"{space[:12]}); put the run's own mask back"
         )
     return mask

@@ -19,6 +19,7 @@ from meerkat.journal.records import Checkpoint, Evaluated, RoundMetrics
 from meerkat.progress import Progress
 from meerkat.runs.early_stopping import EarlyStopping
 from meerkat.runs.events import RunObserver
+from meerkat.runs.renewal import Renewals
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
@@ -38,6 +39,7 @@ def train(
     log: Log,
     engine: Engine,
     stopping: EarlyStopping,
+    renewals: Renewals,
     evaluate: Evaluator,
     observer: RunObserver,
     progress: Progress,
@@ -52,6 +54,7 @@ def train(
         DivergedError: A loss is not finite; the journal ends before that round.
         JournalError: The journal cannot be written.
         ProtocolError: A report does not answer its plan.
+        RunError: A subspace was not renewed in time.
     """
     schedule, algorithm = Schedule.of(recipe), journal.header.algorithm
     known = {found.round for found in journal.evaluations()}
@@ -66,6 +69,7 @@ def train(
     while state.round < recipe.federation.rounds:
         if _is_due(recipe.evaluation.every, state.round):
             evaluate_once()
+        state = renewals.before_round(state, log, engine)
         state = stopping.before_round(state, log, engine, progress)
         started = time.monotonic()
         present, exact = engine.present(), schedule.exact_clients(engine.able)
@@ -93,7 +97,7 @@ def restore_state(journal: Journal, clients: int, local_steps: int) -> tuple[Ser
     Raises:
         JournalError: Replaying does not give the state that the run recorded.
     """
-    first = initial_state(replay(journal), clients, local_steps)
+    first = initial_state(_replayed(journal), clients, local_steps)
     known, taken = first.known.copy(), first.steps_taken.copy()
     usual: deque[float] = deque(maxlen=WINDOW)
     start, log = 0, Log()
@@ -101,16 +105,30 @@ def restore_state(journal: Journal, clients: int, local_steps: int) -> tuple[Ser
         known, taken = checkpoint.known.copy(), checkpoint.steps_taken.copy()
         usual.extend(checkpoint.usual)
         start, log = checkpoint.round, Log(checkpoint.position)
+    renewed = {renewal.round for renewal in journal.renewals()}
     for record, _ in journal.records(start):
+        if record.round in renewed:
+            log.restart()
         for report in record.reports:
             known[report.client] = len(log)
             taken[report.client] += report.steps
         usual.append(usual_size(record.reports))
         log.append(record.updates)
+    if journal.rounds in renewed:
+        log.restart()
     for array in (known, taken):
         array.setflags(write=False)
     state = replace(first, round=journal.rounds, known=known, steps_taken=taken, usual=tuple(usual))
     return state, log
+
+
+def _replayed(journal: Journal) -> ModelState:
+    """The state that the next round starts from."""
+    state = replay(journal)  # checks what was recorded
+    last = journal.renewals()[-1:]
+    if last and last[0].round == journal.rounds:
+        return journal.header.algorithm.init(last[0].start)
+    return state
 
 
 def checkpoint_of(state: ServerState, log: Log) -> Checkpoint:

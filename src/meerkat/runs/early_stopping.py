@@ -110,7 +110,8 @@ class EarlyStopping:
             return
         algorithm, exact = journal.header.algorithm, schedule.exact_clients(engine.able)
         drawn, along_axes = (plan_calibration(schedule, along) for along in ("drawn", "axes"))
-        start = algorithm.init(journal.theta0).digest
+        renewals = journal.renewals()
+        start = algorithm.init(renewals[-1].start if renewals else journal.theta0).digest
         progress.start("Calibrating the clients", len(fresh))
         for begin in range(0, len(fresh), schedule.clients_per_round):
             asked_now = fresh[begin : begin + schedule.clients_per_round]

@@ -20,14 +20,16 @@ from meerkat.runs.directory import journal_path, mask_path, open_journal, summar
 from meerkat.runs.driver import Evaluator, restore_state, train
 from meerkat.runs.early_stopping import EarlyStopping, check_signal
 from meerkat.runs.events import RunInfo, RunObserver
+from meerkat.runs.renewal import MakeMask, Renewals
 from meerkat.runs.summary import summarise
 from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.zo.log import Log
 
 __all__ = ["EngineFactory", "execute", "summary_if_complete"]
 
-EngineFactory: TypeAlias = Callable[[ServerState, Log], tuple[Engine, Evaluator]]
-"""Makes what runs the clients and what evaluates, from where the journal ends."""
+EngineFactory: TypeAlias = Callable[[ServerState, Log, Mask, int], tuple[Engine, Evaluator]]
+"""Makes what runs the clients and what evaluates, from where the journal ends: the state, the log,
+the mask that the run is in, and the position of the log at which that begins."""
 
 
 def summary_if_complete(
@@ -62,13 +64,15 @@ def execute(
     header: Header,
     mask: Mask,
     start_engine: EngineFactory,
+    make_mask: MakeMask,
     observer: RunObserver,
     progress: Progress,
 ) -> dict[str, Any]:
     """The rounds that a run's journal lacks, or all where there is none; then its summary.
 
     Args:
-        mask: With θ_0, its `initial`.
+        mask: That the run begins with; with θ_0, its `initial`.
+        make_mask: Makes its subspace again in mid-run.
 
     Raises:
         JournalError: The run began with another model, mask or data.
@@ -88,9 +92,10 @@ def execute(
         federation = recipe.federation
         state, log = restore_state(journal, federation.clients, federation.local_steps)
         stopping = EarlyStopping(recipe, journal, mask.direction_gradient, observer.clients_stopped)
-        engine, evaluate = start_engine(state, log)
+        renewals = Renewals(recipe, directory, journal, mask, make_mask)
+        engine, evaluate = start_engine(state, log, renewals.mask, renewals.begins)
         observer.run_started(RunInfo(directory, journal))
-        train(recipe, journal, state, log, engine, stopping, evaluate, observer, progress)
+        train(recipe, journal, state, log, engine, stopping, renewals, evaluate, observer, progress)
         return _finish(directory, journal, observer)
 
 

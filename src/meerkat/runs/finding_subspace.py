@@ -37,7 +37,7 @@ from meerkat.tasks import Example, Task
 from meerkat.transport.handshake import same_probe
 from meerkat.zo.noise import NoiseKey, draw, permutation
 
-__all__ = ["find_subspace", "public_examples"]
+__all__ = ["find_subspace", "public_examples", "renewed_subspace"]
 
 _METHOD = 4
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
@@ -76,6 +76,36 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Fo
     mask = replace(mask, subspace=_aligned(sources, mask, section))
     save_mask(mask, path)
     return FoundMask(mask, path)
+
+
+def renewed_subspace(
+    sources: _Sources,
+    mask: Mask,
+    weights: Float32[np.ndarray, " n"],
+    corpus: str | tuple[str, ...] | None = None,
+) -> Mask:
+    """The mask with a subspace that is made at these weights, which are its w = 0.
+
+    The model's own weights are there again when the call returns.
+
+    Args:
+        mask: With the subspace that led to them.
+        corpus: Where texts come from now; as the recipe says by default.
+
+    Raises:
+        DataError, RecipeError: As `find_subspace`.
+    """
+    section = sources.recipe.subspace
+    assert section is not None, "a recipe without one renews nothing"
+    changes = {"start": "loaded"} | ({} if corpus is None else {"corpus": corpus})
+    space = MaskedSpace(sources.loaded.model, mask)
+    space.write(weights)
+    try:
+        found = _aligned(sources, mask, section.model_copy(update=changes))
+    finally:
+        space.restore()
+    about = dict(found.about) | {"settings": settings_of(section)}
+    return replace(mask, subspace=replace(found, base=weights, about=about))
 
 
 def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
 
 from meerkat.config import Recipe
 from meerkat.engines.base import Engine
@@ -18,7 +22,10 @@ from meerkat.runs.driver import Evaluator
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
+from meerkat.runs.finding_subspace import renewed_subspace
 from meerkat.runs.lock import locked
+from meerkat.spaces.linear import space_of
+from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
@@ -86,11 +93,20 @@ def _execute(
             progress,
         )
 
-    def start_engine(state: ServerState, log: Log) -> tuple[Engine, Evaluator]:
-        worker.synchronise(state.model, len(log))
-        return LocalEngine(worker, assembly.clients(), progress.advance), evaluate
+    def start_engine(
+        state: ServerState, log: Log, mask: Mask, begins: int
+    ) -> tuple[Engine, Evaluator]:
+        in_model = partial(space_of, assembly.loaded.model)
+        engine = LocalEngine(worker, assembly.clients(), in_model, progress.advance)
+        engine.renew(mask, begins, state.model, len(log))
+        return engine, evaluate
 
+    def make_mask(path: Path, mask: Mask, weights: Float32[np.ndarray, " n"]) -> None:
+        worker.space.restore()
+        save_mask(renewed_subspace(assembly, mask, weights), path)
+
+    header = assembly.header()
     try:
-        return execute(directory, recipe, assembly.header(), mask, start_engine, observer, progress)
+        return execute(directory, recipe, header, mask, start_engine, make_mask, observer, progress)
     finally:
         worker.space.restore()

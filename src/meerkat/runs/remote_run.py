@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import secrets
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,8 @@ from meerkat.runs.driver import Evaluator
 from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
 from meerkat.runs.lock import locked
-from meerkat.spaces.mask_file import Mask, load_mask, save_mask
+from meerkat.runs.renewal import MakeMask, wait_for_file
+from meerkat.spaces.mask_file import Mask, load_mask
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import resolve_task
 from meerkat.tasks.metrics import metric_names
@@ -50,6 +49,7 @@ def host(
     label_counts: tuple[list[list[int]], str] = ([], ""),
     remember: bool = False,
     trusted: bool = False,
+    make_mask: MakeMask | None = None,
 ) -> dict[str, Any]:
     """See a run through, from its first round or from where its journal ends; its summary.
 
@@ -61,6 +61,8 @@ def host(
             which; known in a simulation.
         remember: Does each message come to a new process?
         trusted: Are the clients processes of one simulation? Where all of them fail, it ends.
+        make_mask: Writes a mask whose subspace is renewed; by default a calibrator does, which is
+            waited for.
 
     Raises:
         RunError: The directory holds another run, or too few clients are there.
@@ -83,15 +85,21 @@ def host(
         proof = Proof(
             header.model, header.space, noise.fingerprint(), header.configuration, mask.probe
         )
-        transport = connect(Setup(recipe.to_json(), proof, secrets.token_hex(16), remember))
-        file = cache(lambda: _for_clients(mask))
+        setup = Setup(recipe.to_json(), proof, secrets.token_hex(16), remember)
         federation, network = recipe.federation, recipe.network
         exact = Schedule.of(recipe).must_be_exact
-        engine = RemoteEngine(
-            transport, federation, network, proof, file, say, progress.advance, trusted, exact
-        )
+        make = make_mask or wait_for_file(network.patience, say)
+        engines: list[RemoteEngine] = []
 
-        def start_engine(state: ServerState, log: Log) -> tuple[Engine, Evaluator]:
+        def start_engine(
+            state: ServerState, log: Log, mask: Mask, begins: int
+        ) -> tuple[Engine, Evaluator]:
+            own = replace(setup, proof=replace(proof, space=mask.fingerprint), position=begins)
+            engine = RemoteEngine(
+                connect(own), federation, network, own, mask, say, progress.advance, trusted, exact
+            )
+            engines.append(engine)
+
             def evaluate(round: int, state: ModelState) -> Evaluated:
                 classes = max(1, len(task.verbalizers))
                 return engine.evaluate(round, state, log, metrics, classes)
@@ -100,11 +108,14 @@ def host(
 
         reason = "the server stopped before the end"
         try:
-            summary = execute(directory, recipe, header, mask, start_engine, observer, progress)
+            summary = execute(
+                directory, recipe, header, mask, start_engine, make, observer, progress
+            )
             reason = "the run is complete"
             return summary
         finally:
-            engine.close(reason)
+            for engine in engines:
+                engine.close(reason)
 
 
 def _check_recipe(directory: Path, recipe: Recipe) -> None:
@@ -130,12 +141,3 @@ def load_server_mask(path: Path) -> Mask:
             "from; make it with `meerkat calibrate RECIPE --out FILE`"
         )
     return mask
-
-
-def _for_clients(mask: Mask) -> bytes:
-    """The mask as a file, without what clients have or need not know."""
-    bare = replace(mask, gradient=None, initial=None, concentration=None)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "mask"
-        save_mask(bare, path)
-        return path.read_bytes()

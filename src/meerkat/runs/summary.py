@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from meerkat.journal import Journal, replay
+from meerkat.journal import Journal, origin, replay
 from meerkat.registry import build
 from meerkat.transport.messages import PLAN_BYTES, encode_report
 from meerkat.zo.axes import Along
@@ -63,7 +63,7 @@ def summarise(journal: Journal) -> dict[str, Any]:
     before = next((e for e in evaluations if e.round == 0), None)
     after = next((e for e in evaluations if e.round == journal.rounds), None)
     state = replay(journal)
-    path = state.theta - journal.theta0
+    path = state.theta - origin(journal)[1]
     seconds = sum(m.seconds for m in metrics) + sum(e.seconds for e in evaluations)
     return {
         "before": before.metrics if before else {},
@@ -85,6 +85,7 @@ def summarise(journal: Journal) -> dict[str, Any]:
         "state_digest": state.digest,
         "mask_size": header.mask_size,
         "subspace": None if recipe.subspace is None else _describe_path(path),
+        "subspace_renewals": [renewal.round for renewal in journal.renewals()],
         "eligible_parameters": header.eligible,
         "model": recipe.model.name,
         "seed": recipe.seed,

@@ -6,11 +6,12 @@ All of it is streamed: a few thousand reports and one z are in memory at a time.
 from __future__ import annotations
 
 import csv
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from meerkat.federation.messages import CALIBRATION, ClientReport
 from meerkat.federation.schedule import Schedule
 from meerkat.federation.selection import Decision, Signal
 from meerkat.journal import Journal
-from meerkat.runs.directory import mask_of, mask_path, open_journal
+from meerkat.runs.directory import mask_of, mask_path, open_journal, renewed_mask
 from meerkat.zo.directions import PerturbationStream
 from meerkat.zo.state import Theta
 
@@ -83,23 +84,49 @@ def read_gradip(directory: Path, to: Path | None, clients: Collection[int]) -> G
     with closing(open_journal(directory)) as journal:
         header = journal.header
         window = header.parsed.selection.later_window
-        gradient = mask_of(directory, header).direction_gradient
-        if gradient is None:
+        scorers = _scorers(directory, journal)
+        # The journal does not say in which subspace a client that came late was calibrated.
+        known = len(scorers) == 1
+        calibrations = journal.calibrations() if known else iter(())
+        if to is not None:
+            if to.exists():
+                raise RunError(f"{to} exists; choose another file")
+            everything = chain(calibrations, round_reports(journal))
+            write_table(_scored(everything, scorers), to, clients)
+        reports = calibration_reports(journal, Schedule.of(header.parsed)) if known else ()
+        calibrated = summarise_paths(_scored(reports, scorers), window)
+        paths = calibrated or summarise_paths(_scored(round_reports(journal), scorers), window)
+        decisions = journal.decisions()
+    return Gradip(bool(calibrated), tuple(paths), decisions[-1] if decisions else None)
+
+
+def _scorers(directory: Path, journal: Journal) -> list[tuple[int, GradIPScorer]]:
+    """A scorer for each subspace of a run, by the first round that was in it."""
+    header, stream = journal.header, journal.header.algorithm.stream
+    masks = [(0, mask_of(directory, journal, 0))]
+    masks += [(r.round, renewed_mask(directory, header, r)) for r in journal.renewals()]
+    found = []
+    for first, mask in masks:
+        if (gradient := mask.direction_gradient) is None:
             raise MaskError(
                 f"{mask_path(directory)}: a {header.mask_kind} mask keeps no pre-training "
                 "gradient, which GradIP needs; set mask.kind = 'sensitivity' in a new run"
             )
-        scorer = GradIPScorer(gradient, header.algorithm.stream)
-        if to is not None:
-            if to.exists():
-                raise RunError(f"{to} exists; choose another file")
-            everything = chain(journal.calibrations(), round_reports(journal))
-            write_table(scorer.stream(everything), to, clients)
-        reports = calibration_reports(journal, Schedule.of(header.parsed))
-        calibrated = summarise_paths(scorer.stream(reports), window)
-        paths = calibrated or summarise_paths(scorer.stream(round_reports(journal)), window)
-        decisions = journal.decisions()
-    return Gradip(bool(calibrated), tuple(paths), decisions[-1] if decisions else None)
+        found.append((first, GradIPScorer(gradient, stream)))
+    return found
+
+
+def _scored(
+    reports: Iterable[ClientReport], scorers: Sequence[tuple[int, GradIPScorer]]
+) -> Iterator[Trajectories]:
+    """Trajectories of reports in their order, each by the p of the subspace that it was in."""
+    firsts = [first for first, _ in scorers]
+
+    def place(report: ClientReport) -> int:
+        return 0 if report.round == CALIBRATION else bisect_right(firsts, report.round) - 1
+
+    for number, some in groupby(reports, key=place):
+        yield from scorers[number][1].stream(some)
 
 
 def summarise_paths(found: Iterable[Trajectories], window: int) -> list[PathSummary]:

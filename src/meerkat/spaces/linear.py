@@ -19,12 +19,13 @@ __all__ = ["LinearSpace", "space_of", "subspace_of"]
 
 
 class LinearSpace:
-    """w of θ_0 + B w, with θ_0 the masked weights as they were loaded.
+    """w of θ_0 + B w, with θ_0 the masked weights as they were loaded, or another base.
 
     Args:
         basis: B, a row for each of k directions.
         fingerprint: Of the mask and the subspace.
         first: w before any round; zeros by default.
+        base: Masked weights at w = 0; as they are now by default.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class LinearSpace:
         basis: Float32[np.ndarray, "k n"],
         fingerprint: str,
         first: Float32[np.ndarray, " k"] | None = None,
+        base: Float32[np.ndarray, " n"] | None = None,
     ):
         if basis.shape[1] != inner.size:
             raise ValueError(f"a basis over {basis.shape[1]} values, the mask has {inner.size}")
         self._inner, self._basis = inner, basis
-        self._start = inner.read()
+        self._base = inner.read() if base is None else base
         self._first = np.zeros(len(basis), np.float32) if first is None else first
         self.size = len(basis)
         self.fingerprint = fingerprint
@@ -48,7 +50,7 @@ class LinearSpace:
 
     def write(self, theta: Theta) -> None:
         """Make the masked weights cast(θ_0 + B w)."""
-        self._inner.write(combined(self._start, self._basis, theta))
+        self._inner.write(combined(self._base, self._basis, theta))
 
     def restore(self) -> None:
         """Put back exactly the bits that the model had when the space was made."""
@@ -78,7 +80,8 @@ def space_of(model: nn.Module, mask: Mask) -> ParameterSpace:
     inner = MaskedSpace(model, mask)
     if mask.subspace is None:
         return inner
-    return LinearSpace(inner, mask.subspace.basis, mask.fingerprint, mask.subspace.start)
+    found = mask.subspace
+    return LinearSpace(inner, found.basis, mask.fingerprint, found.start, found.base)
 
 
 def subspace_of(

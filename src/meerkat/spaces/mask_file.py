@@ -24,7 +24,7 @@ from meerkat.spaces.subspace import Subspace, combined
 
 __all__ = ["Mask", "check_format", "load_mask", "save_mask"]
 
-_FORMAT, _VERSION = "meerkat-mask", 4
+_FORMAT, _VERSION = "meerkat-mask", 5
 _INDEX_TYPES = (np.uint32, np.int64)
 _MOST_WHOLE = 2**33
 """Most coordinates, 64 GiB of indices, that a file may claim without listing them."""
@@ -91,8 +91,9 @@ class Mask:
         """The masked weights that the state's values stand for."""
         if self.subspace is None:
             return values
-        assert self.initial is not None, "θ_0 is read with the mask"
-        return combined(self.initial, self.subspace.basis, values)
+        base = self.initial if self.subspace.base is None else self.subspace.base
+        assert base is not None, "θ_0 is read with the mask"
+        return combined(base, self.subspace.basis, values)
 
     @property
     def digest(self) -> str:
@@ -117,8 +118,7 @@ def save_mask(mask: Mask, path: str | Path) -> None:
         if values is not None:
             arrays[name] = values
     if mask.subspace is not None:
-        found = mask.subspace
-        arrays |= {"directions": found.directions, "scales": found.scales, "start": found.start}
+        arrays |= mask.subspace.arrays
     about = {
         "names": mask.names,
         "shapes": mask.shapes,

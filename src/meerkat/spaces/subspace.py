@@ -34,6 +34,8 @@ class Subspace:
     """λ of every direction that the texts span, the largest first."""
     about: Mapping[str, str]
     """Prompt, answers, digest of the texts, and settings that it was made with."""
+    base: Float32[np.ndarray, " n"] | None = None
+    """Masked weights at w = 0 of a subspace that was made in mid-run; None: as they were loaded."""
 
     def described(self) -> dict[str, Any]:
         """What is not an array of it, for a file's metadata."""
@@ -50,7 +52,14 @@ class Subspace:
             return None
         curvature, about = tuple(described["curvature"]), dict(described["about"])
         directions, scales, start = (arrays[name] for name in ("directions", "scales", "start"))
-        return cls(described["kind"], directions, scales, start, curvature, about)
+        base = arrays.get("base")
+        return cls(described["kind"], directions, scales, start, curvature, about, base)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its arrays by their names in a file."""
+        found = {"directions": self.directions, "scales": self.scales, "start": self.start}
+        return found if self.base is None else {**found, "base": self.base}
 
     def check(self, size: int) -> None:
         """Check types and shapes.
@@ -68,6 +77,11 @@ class Subspace:
         typed = typed and self.scales.dtype == self.start.dtype == np.float32
         if typed and not np.isfinite(self.start).all():
             raise ValueError("its subspace starts where it is not finite")
+        base = self.base
+        if base is not None and (base.dtype != np.float32 or base.shape != (size,)):
+            raise ValueError("its subspace has no base of one float32 a coordinate")
+        if base is not None and not np.isfinite(base).all():
+            raise ValueError("its subspace has a base that is not finite")
         texts = [self.kind, *self.about, *self.about.values()]
         if not (shaped and typed and all(isinstance(text, str) for text in texts)):
             raise ValueError("its subspace is not k bfloat16 directions over the mask")
@@ -93,6 +107,7 @@ class Subspace:
         digest.update(self.directions.astype("<u2").tobytes())
         digest.update(self.scales.astype("<f4").tobytes())
         digest.update(self.start.astype("<f4").tobytes())
+        digest.update(b"" if self.base is None else self.base.astype("<f4").tobytes())
         return digest.hexdigest()
 
 
@@ -127,8 +142,10 @@ def check_subspace(found: Subspace | None, section: SubspaceSection | None, task
 
 
 def settings_of(section: SubspaceSection) -> str:
-    """A section as the text that a subspace made with it carries."""
-    dumped = without_neutral(type(section), section.model_dump(mode="json"))
+    """A section as the text that a subspace made with it carries; when it is renewed is no part."""
+    dumped = without_neutral(
+        type(section), section.model_dump(mode="json", exclude={"renew_every"})
+    )
     return json.dumps(dumped, sort_keys=True)
 
 

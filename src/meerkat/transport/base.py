@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from meerkat.transport.server_frames import Setup
+
 __all__ = ["Event", "Transport"]
 
 
@@ -32,6 +34,9 @@ class Transport(Protocol):
 
     def receive(self, timeout: float) -> Event | None:
         """The next event, or None after so many seconds; 0 does not wait."""
+
+    def introduce(self, setup: Setup) -> None:
+        """Set up peers that connect from now on with this frame instead of the former one."""
 
     def drop(self, peer: int, reason: str, bar: bool = False) -> None:
         """Disconnect a peer; with `bar`, it cannot connect again in this run."""

@@ -15,7 +15,6 @@ from meerkat.errors import ProtocolError
 from meerkat.federation.messages import ClientReport
 from meerkat.transport.frame import (
     VERSION,
-    EmptyFrame,
     TextFrame,
     UpFrame,
     check_version,
@@ -47,8 +46,20 @@ def decode_up(data: bytes) -> UpFrame:
 
 
 @dataclass(frozen=True)
-class WantSpace(EmptyFrame, UpFrame, number=64):
+class WantSpace(UpFrame, number=64):
     """Request for the mask, from a client that has none with the digest of the setup."""
+
+    space: str
+    """That digest."""
+
+    def body(self) -> bytes:
+        return bytes.fromhex(self.space)
+
+    @classmethod
+    def parse(cls, body: bytes) -> Self:
+        if len(body) != 32:
+            raise ProtocolError(f"a request for the mask of {len(body)} bytes; it has 32")
+        return cls(body.hex())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@
           ◀────── Evaluation, Need or Failed
     Goodbye ────────────────────────────▶
 
+A `Setup` within a conversation is that of a renewed subspace; it is answered like the first.
+
 Both transports carry the same frames: `messages` several in one Flower message, `stream` one in
 each message of gRPC. A decoder raises `ProtocolError` for bytes that are not a valid frame, and
 allocates at most a small multiple of its input.
@@ -40,7 +42,7 @@ __all__ = [
     "unpack_exactly",
 ]
 
-VERSION = 3
+VERSION = 4
 """Version of the protocol: of every frame and message on the wire."""
 
 _LONGEST_TEXT = 1000

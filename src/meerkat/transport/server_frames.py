@@ -64,7 +64,10 @@ def wants_answer(data: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Setup(DownFrame, number=1, waits=True):
-    """The first frame: the run's recipe, and what both sides must have in common."""
+    """The first frame: the run's recipe, and what both sides must have in common.
+
+    It comes again, with another space and position, when the subspace of a run is renewed.
+    """
 
     recipe: str
     """The recipe as JSON."""
@@ -73,9 +76,12 @@ class Setup(DownFrame, number=1, waits=True):
     """A random name of this start of the server."""
     remember: bool
     """Must the client keep its state outside of its process, which may end after any message?"""
+    position: int = 0
+    """Updates of the log before the state that the space starts from."""
 
     def body(self) -> bytes:
         about = {"recipe": self.recipe, "session": self.session, "remember": self.remember}
+        about["position"] = self.position
         return bytes([VERSION]) + json.dumps(about | asdict(self.proof)).encode()
 
     @classmethod
@@ -84,6 +90,7 @@ class Setup(DownFrame, number=1, waits=True):
         try:
             about = json.loads(body[1:])
             recipe, session, remember = about["recipe"], about["session"], about["remember"]
+            position = about["position"]
             probe, *fields = (about[name] for name in ("probe", *_DIGESTS, "configuration"))
             model, space, noise, configuration = fields
             proof = Proof(model, space, noise, configuration, tuple(probe))
@@ -94,9 +101,10 @@ class Setup(DownFrame, number=1, waits=True):
             raise ProtocolError(f"setup cannot be read: {type(error).__name__}") from None
         texts = isinstance(recipe, str) and isinstance(session, str)
         named = texts and 0 < len(session) <= _LONGEST_SESSION
-        if not (named and isinstance(remember, bool) and all(digests) and finite):
+        placed = type(position) is int and 0 <= position < 2**32
+        if not (named and placed and isinstance(remember, bool) and all(digests) and finite):
             raise ProtocolError("setup cannot be read: a field is of another type")
-        return cls(recipe, proof, session, remember)
+        return cls(recipe, proof, session, remember, position)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,9 @@ class Log:
 
     def __init__(self, base: int = 0) -> None:
         self.base = base
+        self._clear()
+
+    def _clear(self) -> None:
         self._keys = array("I")
         self._coefficients = array("d")
         self._rates = array("d")
@@ -87,6 +90,11 @@ class Log:
 
     def __len__(self) -> int:
         return self.base + len(self._ends)
+
+    def restart(self) -> None:
+        """Drop all updates: what comes after them starts from a state of its own."""
+        self.base = len(self)
+        self._clear()
 
     def append(self, updates: Iterable[Update]) -> None:
         """Add updates at the end."""

@@ -13,6 +13,7 @@ import grpc  # type: ignore[import-untyped]
 
 from meerkat.errors import ProtocolError
 from meerkat.transport.base import Event
+from meerkat.transport.server_frames import Setup
 from meerkat.transport.stream.certificates import fresh_identity
 from meerkat.transport.stream.invitation import JOINED, read_metadata
 from meerkat.transport.stream.listening import FLUSH, Listener, limits
@@ -119,6 +120,9 @@ class StreamHub:
     def receive(self, timeout: float) -> Event | None:
         """The next event, or None after so many seconds; 0 does not wait."""
         return None if self._closed else self._inbox.get(timeout)
+
+    def introduce(self, setup: Setup) -> None:
+        """Nothing to do: peers get the setup with their invitation, from whoever invites them."""
 
     def drop(self, peer: int, reason: str, bar: bool = False) -> None:
         """Disconnect a peer; with `bar`, it cannot connect again in this run.
