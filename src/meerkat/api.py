@@ -276,7 +276,9 @@ def export(
         save_delta(mask, mask.weights(theta), to)
         return to
     recipe = recipe_of(directory)
-    loaded = load_model(recipe.model, recipe.runtime)
+    # What is written has the type of the run's weights, whatever this machine computes in.
+    stored = recipe.runtime.model_copy(update={"compute": "stored"})
+    loaded = load_model(recipe.model, stored)
     if loaded.fingerprint != header.model:
         raise RunError(
             f"model.name = {recipe.model.name!r} is not the model that the run began with "

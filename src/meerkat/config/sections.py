@@ -315,6 +315,9 @@ class Runtime(Section):
     """`cpu`, `cuda`, `cuda:1`, or `auto`: CUDA where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of the forward pass; 0 leaves it to torch."""
+    compute: Literal["auto", "stored", "float32"] = "auto"
+    """Type of the forward pass: that of the weights, or float32, which holds the same weights in
+    twice the memory of bfloat16. `auto` is float32 on processors that have no use for bfloat16."""
     compile: bool = False
     """Compile the forward pass; worth it from some hundred steps on."""
     tokens_per_pass: Count = 16384

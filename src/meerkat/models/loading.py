@@ -24,6 +24,7 @@ from transformers import (
 
 from meerkat.config import ModelSection, Runtime
 from meerkat.errors import ModelError
+from meerkat.models.compute import computes_in_float32, widen
 from meerkat.models.demo_models import DemoModel, demo_model
 
 __all__ = [
@@ -110,7 +111,7 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"model.name = {section.name!r} cannot be loaded: {reason}") from None
     torch.nn.Module.to(model, device).eval().requires_grad_(False)
-    return LoadedModel(
+    loaded = LoadedModel(
         model,
         tokenizer,
         fingerprint(model),
@@ -118,6 +119,9 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
         configuration_digest(model.config, tokenizer),
         probe_logits(model),
     )
+    if computes_in_float32(runtime.compute, dtype, device):
+        widen(model)  # fingerprint and probe are those of the stored weights, on every machine
+    return loaded
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -28,8 +28,10 @@ __all__ = ["MaskedSpace"]
 class MaskedSpace:
     """The masked coordinates of a model, in the mask's order.
 
-    θ is float32 on the CPU, whatever the model's type and device. `write` casts it to the
-    weights' type; nothing is ever read back from the weights during training, so nothing drifts.
+    θ is float32 on the CPU, whatever the model's type and device. `write` casts it to the type
+    that the weights are stored in, which is a parameter's own or its attribute `stored_dtype`
+    where the model computes in a wider one; nothing is ever read back from the weights during
+    training, so nothing drifts.
 
     Raises:
         MaskError: The mask names a tensor that the model lacks, or has in another shape.
@@ -52,7 +54,13 @@ class MaskedSpace:
             where = None if whole else torch.from_numpy(indices).to(flat.device)
             self._parts.append((flat, where, begin, begin + len(indices)))
             begin += len(indices)
-        self._kinds = {(flat.device, flat.dtype) for flat, *_ in self._parts}
+        self._stored: list[torch.dtype] = [
+            getattr(parameters[name], "stored_dtype", parameters[name].dtype) for name in mask.names
+        ]
+        self._kinds = {
+            (flat.device, stored, flat.dtype)
+            for (flat, *_), stored in zip(self._parts, self._stored, strict=True)
+        }
         self._original = [self._values(flat, where).clone() for flat, where, _, _ in self._parts]
 
     @cached_property
@@ -68,9 +76,9 @@ class MaskedSpace:
     def write(self, theta: Theta) -> None:
         """Make the masked weights exactly cast(θ); no other bit of the model is touched."""
         values = torch.from_numpy(theta if theta.flags.writeable else theta.copy())
-        cast = {kind: values.to(*kind) for kind in self._kinds}
-        for flat, where, begin, end in self._parts:
-            self._put(flat, where, cast[flat.device, flat.dtype][begin:end])
+        cast = {kind: values.to(kind[0], dtype=kind[1]).to(dtype=kind[2]) for kind in self._kinds}
+        for (flat, where, begin, end), stored in zip(self._parts, self._stored, strict=True):
+            self._put(flat, where, cast[flat.device, stored, flat.dtype][begin:end])
 
     @torch.no_grad()
     def restore(self) -> None:
