@@ -431,13 +431,18 @@ def run_directly(
     everyone = range(recipe.federation.clients)
     algorithm = make_algorithm(recipe, MASK.size)
 
-    def start_engine(_state: ServerState, _log: Log) -> tuple[Engine, Evaluator]:
+    def start_engine(
+        _state: ServerState, _log: Log, _mask: Mask, _begins: int
+    ) -> tuple[Engine, Evaluator]:
         engine = _DirectEngine(algorithm, present or (lambda _: everyone), silent)
         return engine, lambda round, _state: Evaluated(round, {"loss": 0.5}, 1, 0.0)
 
+    def never(path: Path, _mask: Mask, _weights: Any) -> None:
+        raise AssertionError(f"{path} is not asked for: there is no subspace")
+
     header = header_of(recipe, MASK, ("bad", "good"), [], "")
     out.mkdir()
-    execute(out, recipe, header, MASK, start_engine, RunObserver(), Progress())
+    execute(out, recipe, header, MASK, start_engine, never, RunObserver(), Progress())
     return content(out)
 
 

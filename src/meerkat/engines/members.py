@@ -35,8 +35,6 @@ class Member:
     """Updates of the log that its state contains; None where its state is not trusted."""
     overdue: str = ""
     """Name of a closed request that it has not answered; until it does, it gets no other."""
-    renewing: bool = False
-    """Was it set up again, and has not said hello since?"""
 
 
 class Members:
@@ -70,6 +68,8 @@ class Members:
         self._owners: dict[int, int] = {}
         self._counts: dict[int, tuple[int, int]] = {}
         self._idle: set[int] = set()
+        self.renewing: set[int] = set()
+        """Clients that were set up again, and have not said hello since."""
         self._asked: Counter[int] = Counter()
         self._asked_since = -math.inf
 
@@ -109,21 +109,20 @@ class Members:
 
     def set_overdue(self, client: int, request: str) -> None:
         """A connected client has not answered this request; "" when it has."""
-        member = self._members[client]
-        member.overdue = request
-        (self._idle.discard if request or member.renewing else self._idle.add)(client)
+        self._members[client].overdue = request
+        busy = request or client in self.renewing
+        (self._idle.discard if busy else self._idle.add)(client)
 
-    def renew(self, proof: Proof, setup: bytes) -> int:
+    def renew(self, proof: Proof, setup: bytes) -> None:
         """Set up all clients again, with what they must have in common from now on.
 
-        They are not idle until they say hello again. Returns how many there are.
+        They are not idle until they say hello again.
         """
         self._proof = proof
         self._idle.clear()
-        for member in self._members.values():
-            member.renewing = True
+        for client, member in self._members.items():
+            self.renewing.add(client)
             self._transport.send(member.peer, setup)
-        return len(self._members)
 
     def departure(self, client: int) -> tuple[float, str] | None:
         """When a client left, on the monotonic clock, and why; None if it did not."""
@@ -144,6 +143,7 @@ class Members:
         if self._bound.get(peer, client) != client:
             raise ProtocolError(f"it is client {self._bound[peer]} in this run, not {client}")
         if reason is not None:
+            self.renewing.discard(client)
             self._say(f"client {client} (peer {peer}) is refused: {reason}")
             self._transport.send(peer, encode(Refused(reason)))
             return False
@@ -153,6 +153,7 @@ class Members:
         self._left.pop(client, None)
         self._members[client] = Member(peer, hello, hello.position)
         self._idle.add(client)
+        self.renewing.discard(client)
         self._say(f"client {client} is here (peer {peer}), {hello.examples} examples")
         self._transport.send(peer, encode(Welcome()))
         return True
@@ -164,6 +165,7 @@ class Members:
             self._say(f"peer {peer} left before it was a client: {cause}")
         elif self._members.pop(client, None) is not None:
             self._idle.discard(client)
+            self.renewing.discard(client)
             self._left[client] = time.monotonic(), cause
             self._say(f"client {client} left: {cause}")
 

@@ -76,7 +76,7 @@ class RemoteEngine:
         self._quorum = network.quorum or sampled // 2 + 1
         self._steps = federation.local_steps
         self._say, self._answered, self._trusted = say, answered, trusted
-        self._awaited = federation.clients
+        self._started = False
         self._open: OpenRequest | None = None
         self._bytes_up = self._bytes_down = 0
 
@@ -85,19 +85,19 @@ class RemoteEngine:
     def present(self) -> Collection[int]:
         """Clients that can be sent a request now.
 
-        The first call waits up to `network.deadline` for all clients, the first in a renewed
-        subspace for those that were there before, every call for a quorum.
+        The first call waits up to `network.deadline` for all clients, one in a renewed subspace
+        for those that were set up again and have not left, every call for a quorum.
 
         Raises:
             RunError: There was no quorum for `network.patience` seconds.
         """
         self._drain(self._clients)
-        if self._awaited:
-            self._wait(self._awaited, self._network.deadline)
-            self._awaited = 0
-        if len(self._members.idle) < self._quorum and not self._wait(
-            self._quorum, self._network.patience
-        ):
+        members, deadline = self._members, self._network.deadline
+        if not self._started:
+            self._wait(lambda: self._lack(self._clients), deadline)
+            self._started = True
+        self._wait(lambda: len(members.renewing), deadline)
+        if not self._wait(lambda: self._lack(self._quorum), self._network.patience):
             raise RunError(
                 f"{len(self._members.idle)} of the {self._quorum} clients that network.quorum "
                 f"asks for were there for {self._network.patience:g} s"
@@ -118,7 +118,15 @@ class RemoteEngine:
         self._setup = replace(self._setup, proof=proof, position=begins)
         self._file = cache(lambda: sent_file(mask))
         self._transport.introduce(self._setup)
-        self._awaited = self._members.renew(proof, encode(self._setup))
+        self._members.renew(proof, encode(self._setup))
+
+    def tend(self) -> None:
+        """Handle what has arrived, while the run waits for something else than clients.
+
+        Raises:
+            RunError: The transport was stopped.
+        """
+        self._drain(self._clients)
 
     def run(self, assignment: Assignment) -> Outcome:
         """Send each client its plan and collect the reports that arrive in time.
@@ -162,18 +170,23 @@ class RemoteEngine:
 
     # Waiting for clients and for answers
 
-    def _wait(self, enough: int, seconds: float) -> bool:
-        """Handle events until this many clients are idle; False if they are not in time."""
+    def _lack(self, enough: int) -> int:
+        """How many clients are missing until so many are idle."""
+        return max(0, enough - len(self._members.idle))
+
+    def _wait(self, lacking: Callable[[], int], seconds: float) -> bool:
+        """Handle events until no client is lacking; False if one still is after so long."""
         end = time.monotonic() + seconds
         reminded = time.monotonic()
-        while (idle := len(self._members.idle)) < enough:
+        while (missing := lacking()) > 0:
             now = time.monotonic()
             if now >= end:
                 self._drain(self._clients)  # what came while the server was busy
-                return len(self._members.idle) >= enough
+                return not lacking()
             if now - reminded >= _REMIND_EVERY:
                 reminded = now
-                self._say(f"waiting for clients: {idle} of {enough} are here")
+                idle = len(self._members.idle)
+                self._say(f"waiting for clients: {idle} of {idle + missing} are here")
             event = self._transport.receive(max(0.0, min(end - now, 1.0)))
             if event is not None:
                 self._handle(event)

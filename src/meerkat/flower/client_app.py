@@ -68,15 +68,16 @@ def _is_simulated() -> bool:
 
 
 def _answer(received: list[bytes], context: Context) -> list[bytes]:
-    """A message starts with a setup, or goes on where the node's last one ended."""
+    """A message has a setup, of which the last counts, or goes on where the node's last ended."""
     client = ClientSession(NodeConfig.of(context.node_config, _is_simulated()), _log.info)
-    setup = next((data for data in received if isinstance(decode_down(data), Setup)), None)
+    setups = [data for data in received if isinstance(decode_down(data), Setup)]
+    setup = setups[-1] if setups else None
     if setup is not None:
         answers = [client.begin(_setup(setup))]
     else:
         setup, answers = _recall(client, context), []
     for data in received:
-        if data != setup:
+        if data not in setups:
             answers.extend(client.answer(data))
     remembered = client.remembered() if _setup(setup).remember else None
     kept = ConfigRecord({"setup": setup})

@@ -11,7 +11,7 @@ from typing import Any
 from meerkat.federation.rounds import RoundRecord
 from meerkat.federation.selection import Decision
 from meerkat.journal import Journal
-from meerkat.journal.records import Evaluated, RoundMetrics
+from meerkat.journal.records import Evaluated, Renewal, RoundMetrics
 
 __all__ = ["Observers", "RunInfo", "RunObserver"]
 
@@ -42,6 +42,9 @@ class RunObserver:
     def clients_stopped(self, decision: Decision) -> None:
         """A decision on early stopping is in the journal."""
 
+    def subspace_renewed(self, renewal: Renewal) -> None:
+        """A renewed subspace is in the journal, and the run goes on in it."""
+
     def run_ended(self, summary: dict[str, Any]) -> None:
         """All rounds are done; the summary is in the run's directory."""
 
@@ -63,6 +66,9 @@ class Observers(RunObserver):
 
     def clients_stopped(self, decision: Decision) -> None:
         self._each(lambda observer: observer.clients_stopped(decision))
+
+    def subspace_renewed(self, renewal: Renewal) -> None:
+        self._each(lambda observer: observer.subspace_renewed(renewal))
 
     def run_ended(self, summary: dict[str, Any]) -> None:
         self._each(lambda observer: observer.run_ended(summary))

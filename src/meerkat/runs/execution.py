@@ -92,7 +92,7 @@ def execute(
         federation = recipe.federation
         state, log = restore_state(journal, federation.clients, federation.local_steps)
         stopping = EarlyStopping(recipe, journal, mask.direction_gradient, observer.clients_stopped)
-        renewals = Renewals(recipe, directory, journal, mask, make_mask)
+        renewals = Renewals(recipe, directory, journal, mask, make_mask, observer.subspace_renewed)
         engine, evaluate = start_engine(state, log, renewals.mask, renewals.begins)
         observer.run_started(RunInfo(directory, journal))
         train(recipe, journal, state, log, engine, stopping, renewals, evaluate, observer, progress)

@@ -88,8 +88,13 @@ def host(
         setup = Setup(recipe.to_json(), proof, secrets.token_hex(16), remember)
         federation, network = recipe.federation, recipe.network
         exact = Schedule.of(recipe).must_be_exact
-        make = make_mask or wait_for_file(network.patience, say)
         engines: list[RemoteEngine] = []
+
+        def tend() -> None:
+            for engine in engines:
+                engine.tend()
+
+        make = make_mask or wait_for_file(network.patience, say, tend)
 
         def start_engine(
             state: ServerState, log: Log, mask: Mask, begins: int

@@ -48,13 +48,20 @@ class Renewals:
     Args:
         mask: That the run began with.
         make: Writes the file of a renewed mask, or waits until another process has.
+        renewed: Called with each renewal once it is in the journal and the run is in it.
     """
 
     def __init__(
-        self, recipe: Recipe, directory: Path, journal: Journal, mask: Mask, make: MakeMask
+        self,
+        recipe: Recipe,
+        directory: Path,
+        journal: Journal,
+        mask: Mask,
+        make: MakeMask,
+        renewed: Callable[[Renewal], None] = lambda renewal: None,
     ):
         self._recipe, self._directory, self._journal = recipe, directory, journal
-        self._make = make
+        self._make, self._told = make, renewed
         self.mask = mask
         """That the run is in."""
         self.begins = 0
@@ -82,6 +89,7 @@ class Renewals:
         log.restart()
         model = self._journal.header.algorithm.init(mask.start)
         engine.renew(mask, renewal.position, model, renewal.position)
+        self._told(renewal)
         return replace(state, model=model)
 
     def _renewed(self, state: ServerState) -> Mask:
@@ -116,12 +124,15 @@ def check_renewed(made: Mask, former: Mask, weights: Float32[np.ndarray, " n"]) 
     return made
 
 
-def wait_for_file(patience: float, say: Callable[[str], None]) -> MakeMask:
+def wait_for_file(
+    patience: float, say: Callable[[str], None], meanwhile: Callable[[], None] = lambda: None
+) -> MakeMask:
     """Waits for a mask that `meerkat recalibrate` makes beside a server without a model.
 
     Args:
         patience: Seconds.
         say: Takes a line for the log.
+        meanwhile: Called again and again while there is none.
     """
 
     def wait(path: Path, mask: Mask, weights: Float32[np.ndarray, " n"]) -> None:
@@ -134,6 +145,7 @@ def wait_for_file(patience: float, say: Callable[[str], None]) -> MakeMask:
                     f"{path.name} was not made in network.patience = {patience:g} s; start {way}, "
                     "and the server again: the run goes on"
                 )
+            meanwhile()
             time.sleep(_LOOK_EVERY)
 
     return wait

@@ -9,7 +9,7 @@ from pathlib import Path
 from meerkat.federation.rounds import RoundRecord
 from meerkat.federation.schedule import Schedule
 from meerkat.federation.selection import Decision
-from meerkat.journal.records import Evaluated, RoundMetrics
+from meerkat.journal.records import Evaluated, Renewal, RoundMetrics
 from meerkat.progress import Progress
 from meerkat.runs.events import RunInfo, RunObserver
 from meerkat.runs.summary import describe_selection
@@ -49,6 +49,9 @@ class ProgressObserver(RunObserver):
 
     def clients_stopped(self, decision: Decision) -> None:
         self._start()  # so was the calibration of the clients
+
+    def subspace_renewed(self, renewal: Renewal) -> None:
+        self._start()  # so was the making of the subspace
 
     def _start(self) -> None:
         total, done = self._total * self._clients, self._done * self._clients
