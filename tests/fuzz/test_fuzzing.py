@@ -1073,11 +1073,11 @@ def claims(**changes: Any) -> bytes:
     about = {"names": ["a"], "shapes": [[4]], "eligible": 4, "model": "m", "kind": "full"}
     about |= {"concentration": None, "configuration": "", "probe": [], "subspace": None}
     about |= {"checksum": "signed"} | changes
-    header = {"__metadata__": {"format": "meerkat-mask-4", "mask": dumps(about)}}
+    header = {"__metadata__": {"format": "meerkat-mask-5", "mask": dumps(about)}}
     return whole(json.dumps(header), b"")
 
 
-FIRST = '{"__metadata__": {"format": "meerkat-mask-4", "mask": "'
+FIRST = '{"__metadata__": {"format": "meerkat-mask-5", "mask": "'
 TARGETS["load_mask"] = Target(
     load,
     st.builds(save, made_masks()),

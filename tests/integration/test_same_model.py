@@ -127,7 +127,7 @@ def test_a_mask_file_that_claims_too_much_takes_no_memory(tmp_path: Path) -> Non
         "probe": [],
         "subspace": None,
     }
-    metadata = {"format": "meerkat-mask-4", "mask": json.dumps(about)}
+    metadata = {"format": "meerkat-mask-5", "mask": json.dumps(about)}
     save_file({"x": np.zeros(1, np.float32)}, path, metadata)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(MaskError, match="is not in the model"):
