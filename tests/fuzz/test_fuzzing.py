@@ -355,7 +355,7 @@ def made_evaluations(draw: st.DrawFn) -> Evaluation:
 
 reports, evaluations = made_reports(), made_evaluations()
 UP: dict[type, st.SearchStrategy[Any]] = {
-    WantSpace: st.builds(WantSpace),
+    WantSpace: st.builds(WantSpace, digests),
     Hello: st.builds(Hello, u32, u32, u32, u32, proofs, st.booleans()),
     Report: st.builds(Report, reports),
     Need: st.builds(Need, u32),
@@ -364,7 +364,12 @@ UP: dict[type, st.SearchStrategy[Any]] = {
 }
 DOWN: dict[type, st.SearchStrategy[Any]] = {
     Setup: st.builds(
-        Setup, texts, proofs, st.text("0123456789abcdef", min_size=1, max_size=64), st.booleans()
+        Setup,
+        texts,
+        proofs,
+        st.text("0123456789abcdef", min_size=1, max_size=64),
+        st.booleans(),
+        u32,
     ),
     SpaceFile: st.builds(SpaceFile, st.binary(max_size=100)),
     Welcome: st.builds(Welcome),

@@ -21,7 +21,7 @@ from meerkat.errors import RecipeError
 from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
 from meerkat.runs import assembly, finding_subspace
-from meerkat.runs.finding_subspace import _answer_scores, _ends
+from meerkat.runs.finding_subspace import _answer_scores
 from meerkat.spaces import alignment
 from meerkat.spaces.alignment import Scheme, score_gradients
 from meerkat.spaces.answers import drawn_answer
@@ -197,9 +197,9 @@ def test_what_ends_a_text() -> None:
     loaded = tiny_model()
     own = loaded.tokenizer.eos_token_id
     loaded.model.generation_config.eos_token_id = None
-    assert _ends(loaded) == {own}
+    assert loaded.ends == {own}
     loaded.model.generation_config.eos_token_id = [own, 7]
-    assert _ends(loaded) == {own, 7}
+    assert loaded.ends == {own, 7}
 
 
 def test_a_free_text_run_is_replayed_made_again_and_found_again(
@@ -280,14 +280,18 @@ def test_a_run_with_answers_of_several_tokens(
     assert np.abs(replayed.theta).min() > 0
 
 
-def test_the_later_field_leaves_fingerprints_and_masks_as_they_were(data: dict[str, Any]) -> None:
+def test_a_later_field_leaves_fingerprints_and_masks_as_they_were(data: dict[str, Any]) -> None:
     recipe = parse_recipe(data)
-    said = parse_recipe(merged(data, subspace={"answer_tokens": 16}))
-    other = parse_recipe(merged(data, subspace={"answer_tokens": 17}))
+    said = parse_recipe(merged(data, subspace={"renew_every": 0}))
+    other = parse_recipe(merged(data, subspace={"renew_every": 2}))
     assert recipe.fingerprint == said.fingerprint != other.fingerprint
-    subspace = meerkat.calibrate(recipe).mask.subspace
-    assert subspace is not None
-    assert "answer_tokens" not in json.loads(subspace.about["settings"])
+    tokens = parse_recipe(merged(data, subspace={"answer_tokens": 17}))
+    assert recipe.fingerprint != tokens.fingerprint
+    first, second = (meerkat.calibrate(r).mask.subspace for r in (recipe, other))
+    assert first is not None
+    assert second is not None
+    assert "renew_every" not in json.loads(first.about["settings"])
+    assert second.digest == first.digest
 
 
 # Memory

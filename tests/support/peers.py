@@ -143,11 +143,14 @@ class Peers:
             return
         new_process()
         session = self._session(self.nodes[peer])
-        session.begin(self.setup)
-        kept = self._kept.get(peer)
-        if kept is not None:
+        first, kept = session.begin(self.setup), self._kept.get(peer)
+        if any(isinstance(decode_down(waited), Setup) for waited in waiting):
+            self._put(peer, first)
+        elif kept is not None:
             session.recall(kept)
         for waited in waiting:
+            if isinstance(decode_down(waited), Setup):  # as the client app has it
+                continue
             for answer in session.answer(waited):
                 self._put(peer, answer)
         waiting.clear()

@@ -55,7 +55,7 @@ def test_a_bent_model_is_balanced_by_several_steps() -> None:
 
 def balance_of(assembly: Assembly, texts: int) -> tuple[float, float]:
     """The largest preference over the texts before training, at θ_0 and where it starts."""
-    from meerkat.runs.finding_subspace import public_examples
+    from meerkat.runs.public_texts import public_examples
 
     section = assembly.recipe.subspace
     assert section is not None

@@ -128,7 +128,7 @@ class SubspaceSection(Section):
     texts: Count = 256
     """Public texts N, each of which takes one backward pass."""
     corpus: str | tuple[str, ...] | None = None
-    """Where they come from, if not from `mask.corpus`."""
+    """Where they come from, if not from `mask.corpus`; `model`: the model writes them itself."""
     score: Literal["auto", "difference", "sampled", "uniform", "mixed"] = "auto"
     """Whose gradient a text gives: the difference of two answers' scores (`auto` where there are
     two), the log-probability of an answer that the model or a die draws (`sampled`, `uniform`), or

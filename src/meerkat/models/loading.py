@@ -58,6 +58,13 @@ class LoadedModel:
         return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
     @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text, by the tokenizer and by the model's own settings."""
+        listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        every = [self.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+        return frozenset(token for token in every if token is not None)
+
+    @property
     def window(self) -> int:
         """Most tokens that a sequence may have."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)

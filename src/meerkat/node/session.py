@@ -179,7 +179,11 @@ class ClientSession:
     def _renew(self, setup: Setup) -> UpFrame:
         """The answer to the setup of a renewed subspace."""
         former = self._setup
-        if former is None or (setup.session, setup.recipe) != (former.session, former.recipe):
+        own = former is not None and (setup.session, setup.recipe) == (
+            former.session,
+            former.recipe,
+        )
+        if former is None or not own or not setup.position:
             raise ProtocolError("a second setup in one conversation")
         if setup.position < former.position:
             raise ProtocolError("a setup of a subspace that was renewed")

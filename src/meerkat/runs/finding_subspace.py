@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -15,15 +14,14 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from meerkat.config.sections import MaskSection, SubspaceSection
-from meerkat.data.corpus import corpus_texts
+from meerkat.config.sections import SubspaceSection
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import PackedBatch, pack
-from meerkat.errors import DataError, RecipeError
-from meerkat.models.loading import LoadedModel
+from meerkat.errors import RecipeError
 from meerkat.models.objective import TextObjective
 from meerkat.runs.finding_mask import FoundMask, Sources
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
+from meerkat.runs.public_texts import corpus_of, public_examples
 from meerkat.spaces.alignment import Scheme, Target, packed_score_gradients, score_gradients
 from meerkat.spaces.answers import drawn_answer
 from meerkat.spaces.balance import balanced_start
@@ -33,22 +31,18 @@ from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
-from meerkat.tasks import Example, Task
+from meerkat.tasks import Task
 from meerkat.transport.handshake import same_probe
-from meerkat.zo.noise import NoiseKey, draw, permutation
+from meerkat.zo.noise import NoiseKey, draw
 
-__all__ = ["find_subspace", "public_examples", "renewed_subspace"]
+__all__ = ["find_subspace", "renewed_subspace"]
 
 _METHOD = 4
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
-_SHORTEST, _LONGEST = 4, 60
-"""Words of a sentence that is taken."""
 _BALANCED = 128
 """Most texts over which more than two answers are balanced: a backward pass for each answer."""
 _TOGETHER = 16
 """Texts of one backward pass."""
-_POOL = 16
-"""Sentences are drawn from at most this many times as many as are needed."""
 
 
 class _Sources(Sources, Protocol):
@@ -110,7 +104,7 @@ def renewed_subspace(
 
 def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:
     """All that the bits of an aligned subspace, and of the mask's file with it, follow from."""
-    loaded, task, of_corpus = sources.loaded, sources.task, _corpus_of(sources, section)
+    loaded, task, of_corpus = sources.loaded, sources.task, corpus_of(sources, section)
     gradient = b"" if mask.gradient is None else mask.gradient.tobytes()
     return {
         "method": _METHOD,
@@ -123,7 +117,7 @@ def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[s
         ),
         "files": corpus_digests(of_corpus.corpus),
         "settings": settings_of(section),
-        "ends": [] if task.has_classes else sorted(_ends(loaded)),
+        "ends": [] if task.has_classes else sorted(loaded.ends),
     }
 
 
@@ -272,7 +266,7 @@ def _with_answers(
     sources: _Sources, encoded: Sequence[Encoded], section: SubspaceSection
 ) -> list[Encoded]:
     """Each prompt with one answer that the model draws."""
-    model, ends = sources.loaded.model, _ends(sources.loaded)
+    model, ends = sources.loaded.model, sources.loaded.ends
     generator = np.random.Generator(np.random.Philox(section.seed))
     sources.progress.start("Drawing answers", len(encoded))
     found = []
@@ -283,46 +277,3 @@ def _with_answers(
         found.append(Encoded(example.prompt, (answer,), 0))
         sources.progress.advance()
     return found
-
-
-def _ends(loaded: LoadedModel) -> frozenset[int]:
-    """Tokens that end a text, by the tokenizer and by the model's own settings."""
-    listed = getattr(getattr(loaded.model, "generation_config", None), "eos_token_id", None)
-    every = [loaded.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    return frozenset(token for token in every if token is not None)
-
-
-def _corpus_of(sources: _Sources, section: SubspaceSection) -> MaskSection:
-    """The mask's section with the corpus that a subspace is made from."""
-    corpus = section.corpus or sources.recipe.mask.corpus
-    return sources.recipe.mask.model_copy(update={"corpus": corpus})
-
-
-def public_examples(sources: _Sources, section: SubspaceSection) -> list[Example]:
-    """Sentences of the corpus as the fields of the task's prompt; they have no label."""
-    of_corpus = _corpus_of(sources, section)
-    names = sorted(set(sources.task.fields))
-    needed = section.texts * len(names)
-    pool: list[str] = []
-    for sentence in _sentences(corpus_texts(of_corpus)):
-        pool.append(sentence)
-        if len(pool) >= needed * _POOL:
-            break
-    if len(pool) < needed:
-        raise DataError(
-            f"subspace.corpus = {of_corpus.corpus!r} has {len(pool)} sentences of {_SHORTEST} to "
-            f"{_LONGEST} words, {needed} are needed; lower subspace.texts"
-        )
-    chosen = permutation(section.seed, (2, 1), len(pool))[:needed].reshape(section.texts, -1)
-    return [
-        Example({name: pool[place] for name, place in zip(names, row, strict=True)}, 0)
-        for row in chosen.tolist()
-    ]
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Sentences of a few to some dozen words."""
-    for text in texts:
-        for sentence in re.split(r"(?<=[.!?。！？])\s+|\n+", text):
-            if _SHORTEST <= len(sentence.split()) <= _LONGEST:
-                yield sentence.strip()
