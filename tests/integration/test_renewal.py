@@ -237,6 +237,20 @@ def test_the_summary_and_the_report_know(data: dict[str, Any], tmp_path: Path) -
     assert "since the renewal before round 4" in (tmp_path / "run/report.html").read_text()
 
 
+class _Watcher(RunObserver):
+    def __init__(self) -> None:
+        self.renewed: list[tuple[int, int]] = []
+
+    def subspace_renewed(self, renewal: Renewal) -> None:
+        self.renewed.append((renewal.round, renewal.position))
+
+
+def test_observers_are_told(data: dict[str, Any], tmp_path: Path) -> None:
+    watcher = _Watcher()
+    meerkat.run(parse_recipe(data), tmp_path / "run", observers=[watcher])
+    assert watcher.renewed == [(2, 4), (4, 8)]  # two local steps a round
+
+
 def test_when_it_is_due(data: dict[str, Any]) -> None:
     recipe = parse_recipe(data)
     assert [round for round in range(9) if is_due(recipe, round)] == [2, 4]
