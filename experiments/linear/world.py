@@ -132,7 +132,7 @@ class World:
         self._norms = kept["pool_norm"].astype(float)
 
     def statistics(self) -> dict[str, float]:
-        """What can be known before training, from the texts and from those of the pool, unlabelled."""
+        """What can be known before training, from the texts and, unlabelled, from the pool."""
         rest = self.curvature[1:]
         moved = self.scores.mean()
         squares = self._first**2
