@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .directions import Arm
-from .training import TWO_POINT, best, line
+from .training import LONG, TWO_POINT, best, line
 from .world import World
 
 
@@ -58,25 +58,30 @@ def step(out: Path) -> None:
 
 
 def others(out: Path) -> None:
-    """Point 8: other methods in the same subspace, each with its best rate of nine."""
-    for start_name, loaded in (("balanced", False), ("w = 0", True)):
-        world = World(out)
+    """Point 8: other methods in the same span, each with its best rate of eleven."""
+    places = (("whitened", World(out), False), ("whitened", World(out), True))
+    for place, world, loaded in (*places, ("not whitened", World(out, power=0.0), False)):
+        print(f"  {place}, {'w = 0' if loaded else 'balanced'}")
         for label, arm in (("7 one-sided of 4", Arm()), ("1 two-point of 16", TWO_POINT)):
-            usual, end = replace(arm, loaded=loaded), f"{label}, {start_name}"
+            usual = replace(arm, loaded=loaded)
             gaussian = replace(usual, kind="gaussian")
-            best(f"ours, {end}", world, usual)
-            best(f"Gaussian directions (MeZO's step), {end}", world, gaussian)
-            best(f"the same with momentum 0.9, {end}", world, replace(gaussian, momentum=0.9))
-            best(f"HiSo, ν = 0.1, {end}", world, replace(gaussian, method="hiso"))
-            slow = replace(gaussian, method="hiso", memory=0.99)
-            best(f"HiSo, ν = 0.01, {end}", world, slow)
+            arms = {
+                "ours": usual,
+                "Gaussian (MeZO's step)": gaussian,
+                "Gaussian, momentum 0.9": replace(gaussian, momentum=0.9),
+                "HiSo, ν = 0.1": replace(gaussian, method="hiso"),
+                "HiSo, ν = 0.01": replace(gaussian, method="hiso", memory=0.99),
+            }
             for angle in (1.2, 1.35, 1.5):
-                cone = replace(gaussian, method="conmezo", angle=angle)
-                best(f"ConMeZO, {angle}, β = 0.9, {end}", world, cone)
+                arms[f"ConMeZO, {angle}, β = 0.9"] = replace(
+                    gaussian, method="conmezo", angle=angle
+                )
+            for name, tried in arms.items():
+                best(f"  {label}, {name}", world, tried, LONG)
         fzoo = Arm(kind="rademacher", method="fzoo", loaded=loaded)
-        best(f"FZOO, 7 one-sided of 4, {start_name}", world, fzoo)
-        best(f"FZOO, 3 one-sided of 8, {start_name}", world, replace(fzoo, batch=8, directions=3))
-        best(f"FZOO, 15 of 2, {start_name}", world, replace(fzoo, batch=2, directions=15))
+        for batch, directions in ((4, 7), (8, 3), (2, 15)):
+            tried = replace(fzoo, batch=batch, directions=directions)
+            best(f"  {directions} one-sided of {batch}, FZOO", world, tried, LONG)
 
 
 TABLES = {"start": start, "step": step, "others": others}

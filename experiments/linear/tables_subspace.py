@@ -6,11 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from .directions import Arm
-from .training import BOTH, EXACT, TWO_POINT, best, line
+from .training import BOTH, EXACT, LONG, TWO_POINT, best, line
 from .world import World
 
-LONG = tuple(2.0**power for power in range(-7, 4))
-"""Factors on η, far down: without whitening the first direction alone sets the rate."""
 MANY = {"plots": 512, "speeches": 512}
 FULL = replace(EXACT, batch=2048, clients=1, alpha=float("inf"))
 """The gradient over all examples to train on."""

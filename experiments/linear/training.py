@@ -13,6 +13,8 @@ from .world import World
 SEEDS, MARKS = 6, (15, 30, 60)
 WIDE = tuple(2.0**power for power in range(-4, 5))
 """Factors on η that a search tries."""
+LONG = tuple(2.0**power for power in range(-7, 4))
+"""The same, far down: without whitening the first direction alone sets the rate."""
 TWO_POINT = Arm(16, 1, "two")
 EXACT = Arm(16, exact=True)
 BOTH = (("7 directions of 4", Arm()), ("exact over 16", EXACT))
