@@ -8,8 +8,8 @@ Groups: `held` (held-out snippets), `pool` (snippets to train on, with label and
 and `speeches` (the demo's public texts), `words` (those, their words in random order), `debian`
 (descriptions of packages), `chinese` (reviews) and `clients` (snippets of no other group, as
 clients might choose to give; their labels are for the oracle alone). `products.npz` holds all inner
-products of gradients with those of public texts, with p, the mean pre-training gradient, and with
-random directions.
+products of gradients with those of public texts and of the pool, with p, the mean pre-training
+gradient, and with random directions.
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def make_features(out: Path, changes: Sequence[str] = ()) -> None:
 
 def write_products(out: Path, p: np.ndarray) -> None:
     """Write the inner products, by group, one group in memory beside the public ones."""
-    sources = (*PUBLIC, "clients")
+    sources = (*PUBLIC, "clients", "pool")
     public = np.concatenate([np.load(out / f"{name}.npz")["gradients"] for name in sources])
     drawn = np.random.default_rng(7).standard_normal((len(p), RANDOM), np.float32)
     drawn /= np.float32(np.sqrt(len(p)))
     arrays = {"p": public @ p, "p_random": p @ drawn, "p_norm": np.linalg.norm(p)}
-    for name in (*sources, "held", "pool"):
+    for name in (*sources, "held"):
         group = np.load(out / f"{name}.npz")
         rows = group["gradients"]
         arrays[name], arrays[f"{name}_random"] = rows @ public.T, rows @ drawn

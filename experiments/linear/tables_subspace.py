@@ -43,6 +43,13 @@ def ceiling(out: Path) -> None:
         }
         for name, world in worlds.items():
             best(f"k = {k}, {name}, all examples", world, FULL, LONG)
+    # Gradients of the pool never leave the span of its gradients.
+    every = {"pool": 2048}
+    for name, world in {
+        "the first direction alone whitened": World(out, 2048, every, kind="first"),
+        "not whitened": World(out, 2048, every, power=0.0),
+    }.items():
+        best(f"all masked coordinates, {name}, all examples", world, FULL, LONG)
 
 
 def dimensions(out: Path) -> None:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from .directions import Arm
-from .training import BOTH, EXACT, SEEDS, line, runs
+from .training import BOTH, EXACT, SEEDS, best, line, runs
 from .world import SOURCES, World
 
+PUBLIC = tuple(source for source in SOURCES if source != "pool")
 CORPORA: list[tuple[str, dict[str, int]]] = [
     *((f"{n} plots, {n} speeches", {"plots": n, "speeches": n}) for n in (16, 32, 64, 128, 256)),
     ("512 plots, 512 speeches", {"plots": 512, "speeches": 512}),
-    *((f"256 {source}", {source: 256}) for source in SOURCES),
+    *((f"256 {source}", {source: 256}) for source in PUBLIC),
     ("512 plots", {"plots": 512}),
     ("512 speeches", {"speeches": 512}),
     ("512 clients", {"clients": 512}),
     ("64 clients", {"clients": 64}),
     ("32 clients", {"clients": 32}),
     ("128 plots, 128 speeches, 64 clients", {"plots": 128, "speeches": 128, "clients": 64}),
+]
+SAME_SIZE: list[tuple[str, dict[str, int]]] = [
+    *((f"256 {source}", {source: 256}) for source in PUBLIC),
+    *((f"128 {a}, 128 {b}", {a: 128, b: 128}) for a, b in combinations(PUBLIC, 2)),
 ]
 
 
@@ -35,15 +41,18 @@ def texts(out: Path) -> None:
     for name, chosen in CORPORA:
         for label, arm in BOTH:
             line(f"{name}, {label}", _drawn(out, chosen), arm)
+    for source in ("plots", "words", "debian", "chinese"):
+        for label, arm in BOTH:
+            best(f"256 {source}, {label}", _drawn(out, {source: 256}), arm)
     for name, chosen in (("256 clients", {"clients": 256}), ("512 clients", {"clients": 512})):
         for label, arm in BOTH:
             line(f"{name}, labelled losses (oracle), {label}", _drawn(out, chosen, True), arm)
 
 
 def signs(out: Path) -> None:
-    """What is known before training, by corpus, beside what training then gave."""
+    """What is known before training, by corpus of 256 texts, beside what training then gave."""
     rows, gains = [], []
-    for name, chosen in CORPORA:
+    for name, chosen in SAME_SIZE:
         worlds = _drawn(out, chosen)
         found = [worlds(seed).statistics() for seed in range(SEEDS)]
         means = {key: float(np.mean([row[key] for row in found])) for key in found[0]}

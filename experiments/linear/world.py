@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-SOURCES = ("plots", "speeches", "words", "debian", "chinese", "clients")
-"""Groups of public texts, in the order of the products' columns."""
+SOURCES = ("plots", "speeches", "words", "debian", "chinese", "clients", "pool")
+"""Groups of texts, in the order of the products' columns."""
 USUAL = {"plots": 128, "speeches": 128}
 """How many texts of which source B is made from."""
 SMALLEST = 16
@@ -37,7 +37,7 @@ class Part:
         return float(((self.scores + self.slopes @ w > 0) == (self.labels > 0.5)).mean())
 
     def gradient(self, w: np.ndarray) -> np.ndarray:
-        shares = 1 / (1 + np.exp(-(self.scores + self.slopes @ w)))
+        shares = np.exp(-np.logaddexp(0, -(self.scores + self.slopes @ w)))
         return np.asarray((shares - self.labels) @ self.slopes / len(self.labels))
 
     def __getitem__(self, chosen: np.ndarray) -> Part:
