@@ -136,15 +136,21 @@ class World:
         rest = self.curvature[1:]
         moved = self.scores.mean()
         squares = self._first**2
-        left = self._norms**2 - squares[:, 0]
+        # Of what the first direction leaves of the clients' gradients, how much lies in B.
+        coverage = float(squares[:, 1:].sum() / (self._norms**2 - squares[:, 0]).sum())
+        slopes = self.pool.slopes
+        curvature = float(np.mean(slopes[:, 1:] ** 2))
+        turned = np.linalg.eigvalsh(slopes.T @ slopes / len(slopes))
         return {
             "share of λ_1": float(self.curvature[0] / self.curvature.sum()),
             "effective rank of the rest": float(rest.sum() ** 2 / (rest**2).sum()),
             "spread of scores": float(self.scores.std()),
             "mean score": float(moved),
-            "length of the start": float(np.linalg.norm(self.balanced)),
-            "coverage": float(squares[:, 1:].sum() / left.sum()),
-            "curvature at clients": float(np.mean(self.pool.slopes[:, 1:] ** 2)),
+            "coverage": coverage,
+            "curvature at clients": curvature,
+            "coverage by curvature": coverage / curvature,
+            "highest curvature at clients": float(turned[-1]),
+            "effective rank at clients": float(turned.sum() ** 2 / (turned**2).sum()),
             "mean score at clients": float(
                 np.mean(self.pool.scores + self.pool.slopes @ self.balanced)
             ),
