@@ -11,7 +11,7 @@ import numpy as np
 
 from .directions import Arm
 from .training import BOTH, EXACT, SEEDS, best, line, runs
-from .world import SOURCES, World
+from .world import SOURCES, Kind, World
 
 PUBLIC = tuple(source for source in SOURCES if source != "pool")
 CORPORA: list[tuple[str, dict[str, int]]] = [
@@ -31,9 +31,11 @@ SAME_SIZE: list[tuple[str, dict[str, int]]] = [
 ]
 
 
-def _drawn(out: Path, texts: dict[str, int], labelled: bool = False) -> Callable[[int], World]:
+def _drawn(
+    out: Path, texts: dict[str, int], labelled: bool = False, kind: Kind = "aligned"
+) -> Callable[[int], World]:
     """A world for each seed, from texts that the seed draws."""
-    return cache(lambda seed: World(out, 32, texts, labelled=labelled, draw=seed))
+    return cache(lambda seed: World(out, 32, texts, kind=kind, labelled=labelled, draw=seed))
 
 
 def texts(out: Path) -> None:
@@ -41,9 +43,11 @@ def texts(out: Path) -> None:
     for name, chosen in CORPORA:
         for label, arm in BOTH:
             line(f"{name}, {label}", _drawn(out, chosen), arm)
-    for source in ("plots", "words", "debian", "chinese"):
+    for source in PUBLIC:
         for label, arm in BOTH:
             best(f"256 {source}, {label}", _drawn(out, {source: 256}), arm)
+            tamed = _drawn(out, {source: 256}, kind="first")
+            best(f"256 {source}, first direction alone whitened, {label}", tamed, arm)
     for name, chosen in (("256 clients", {"clients": 256}), ("512 clients", {"clients": 512})):
         for label, arm in BOTH:
             line(f"{name}, labelled losses (oracle), {label}", _drawn(out, chosen, True), arm)
