@@ -1,6 +1,6 @@
 """Directions z of a run, and estimates from losses along them, of our method and of others.
 
-Others, inside the same subspace and from the formulas of their papers:
+Others, inside the same subspace, by their formulas as public summaries of the papers have them:
 
 - HiSo (arXiv 2506.02370): z = H^-1/2 u, H ← (1 - ν) H + ν (Δ² + δ) from the round's update Δ.
   H is scaled to a mean of one, so that rates mean the same.
