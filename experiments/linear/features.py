@@ -1,22 +1,19 @@
-"""Gradients behind `linear_model.py`: what the demo's examples and public texts say of the weights.
+"""Gradients behind the linear model: what the demo's examples and public texts say of the weights.
 
 For each example the gradient of the difference of its two answers' scores, at the masked
 coordinates, and that difference itself. One file for each group of examples; a group that is there
-is not made again:
-
-    python experiments/linear_features.py runs/linear
+is not made again.
 
 Groups: `held` (held-out snippets), `pool` (snippets to train on, with label and client), `plots`
 and `speeches` (the demo's public texts), `words` (those, their words in random order), `debian`
 (descriptions of packages), `chinese` (reviews) and `clients` (snippets of no other group, as
-clients might choose to give; their labels are not used). `products.npz` holds all inner products
-of gradients with those of public texts, with p, the mean pre-training gradient, and with random
-directions.
+clients might choose to give; their labels are for the oracle alone). `products.npz` holds all inner
+products of gradients with those of public texts and of the pool, with p, the mean pre-training
+gradient, and with random directions.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -34,11 +31,13 @@ from meerkat.runs.assembly import Assembly, assemble
 from meerkat.spaces.example_gradients import example_gradients
 from meerkat.tasks import Example
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo.toml"
 HELD, OF_CLIENT, CLIENTS, TOGETHER = 768, 512, 4, 16
 PUBLIC = {"plots": 512, "speeches": 512, "words": 256, "debian": 256, "chinese": 256}
 GIVEN = 512
 """Snippets that clients give without their labels."""
+RANDOM = 512
+"""Random directions over the masked coordinates."""
 
 
 def sentences(texts: Iterable[str], count: int, seed: int) -> list[str]:
@@ -101,42 +100,36 @@ def gradients(assembly: Assembly, examples: Sequence[Encoded]) -> tuple[np.ndarr
     return np.concatenate(rows), np.concatenate(found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--set", action="append", default=[], dest="changes")
-    options = parser.parse_args()
-    recipe = load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none", *options.changes])
+def make_features(out: Path, changes: Sequence[str] = ()) -> None:
+    """Write the groups that are not there yet, then all products."""
+    recipe = load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none", *changes])
     assembly = assemble(recipe)
-    options.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for name, examples in groups(assembly).items():
-        path = options.out / f"{name}.npz"
+        path = out / f"{name}.npz"
         if not path.exists():
             rows, scores = gradients(assembly, examples)
             labels = np.array([example.label for example in examples], float)
-            with (options.out / f"{name}.part").open("wb") as file:
+            with (out / f"{name}.part").open("wb") as file:
                 np.savez(file, gradients=rows, scores=scores, labels=labels)
-            (options.out / f"{name}.part").rename(path)
+            (out / f"{name}.part").rename(path)
         print(f"{name}: {len(examples)} examples", flush=True)
-    products(options.out, assembly.found_mask.mask.gradient)
+    mask = assembly.found_mask.mask
+    assert mask.gradient is not None, "the demo's mask has p"
+    write_products(out, mask.gradient)
 
 
-def products(out: Path, p: np.ndarray | None) -> None:
-    """Write the inner products, by group."""
-    assert p is not None, "the demo's mask has p"
-    names = [*PUBLIC, "clients", "held", "pool"]
-    kept = {name: dict(np.load(out / f"{name}.npz")) for name in names}
-    public = np.concatenate([kept[name]["gradients"] for name in [*PUBLIC, "clients"]])
-    arrays = {"p": public @ p, "p_norm": np.linalg.norm(p)}
-    drawn = np.random.default_rng(7).standard_normal((len(p), 128), np.float32)
+def write_products(out: Path, p: np.ndarray) -> None:
+    """Write the inner products, by group, one group in memory beside the public ones."""
+    sources = (*PUBLIC, "clients", "pool")
+    public = np.concatenate([np.load(out / f"{name}.npz")["gradients"] for name in sources])
+    drawn = np.random.default_rng(7).standard_normal((len(p), RANDOM), np.float32)
     drawn /= np.float32(np.sqrt(len(p)))
-    for name, group in kept.items():
-        arrays[name] = group["gradients"] @ public.T
-        arrays[f"{name}_random"] = group["gradients"] @ drawn
+    arrays = {"p": public @ p, "p_random": p @ drawn, "p_norm": np.linalg.norm(p)}
+    for name in (*sources, "held"):
+        group = np.load(out / f"{name}.npz")
+        rows = group["gradients"]
+        arrays[name], arrays[f"{name}_random"] = rows @ public.T, rows @ drawn
         arrays[f"{name}_d"], arrays[f"{name}_y"] = group["scores"], group["labels"]
-        arrays[f"{name}_norm"] = np.linalg.norm(group["gradients"], axis=1)
+        arrays[f"{name}_norm"] = np.linalg.norm(rows, axis=1)
     np.savez(out / "products.npz", **arrays)
-
-
-if __name__ == "__main__":
-    main()
