@@ -135,7 +135,8 @@ def smollm2() -> LoadedModel:
 @needs_smollm2
 def test_smollm2_answers(smollm2: LoadedModel) -> None:
     assert smollm2.model.num_parameters() == 134_515_008
-    assert smollm2.model.dtype == torch.bfloat16
+    stored = {getattr(p, "stored_dtype", p.dtype) for p in smollm2.model.parameters()}
+    assert stored == {torch.bfloat16}  # whatever this processor computes in
     assert all(map(math.isfinite, smollm2.probe))
     assert smollm2.window == 8192
     ids = smollm2.tokenizer("The capital of France is", return_tensors="pt")
