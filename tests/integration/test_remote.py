@@ -849,7 +849,7 @@ def test_a_hello_of_another_version_is_refused(make_run: MakeRun, version: int, 
     hosted.run()
     line = hosted.line(
         f"peer 12: the client speaks version {version} of the protocol, {age} one; this side "
-        "speaks 3: install"
+        "speaks 4: install"
     )
     (refused,) = (frame for frame in wrong.received if isinstance(frame, Refused))
     assert refused.reason in line
