@@ -73,7 +73,10 @@ class Journal(Store):
             kept = cls.create(scratch, damaged.header, damaged.theta0)
             evaluations = {e.round: e for e in damaged._readable_evaluations()}
             renewals = {renewal.round: renewal for renewal in damaged.renewals()}
+            began = damaged._rounds_renewed()
             for record, metrics in damaged._good_rounds():
+                if record.round in began and record.round not in renewals:
+                    break  # from here on no state follows without it; it is made again
                 if record.round in renewals:
                     kept.append_renewal(renewals[record.round])
                 if record.round in evaluations:
@@ -253,6 +256,10 @@ class Journal(Store):
         return digest
 
     # Within
+
+    def _rounds_renewed(self) -> set[int]:
+        """Rounds with a renewal, damaged or not."""
+        return {row[0] for row in self._connection.execute("SELECT round FROM renewals")}
 
     def _checkpoints(self) -> Iterator[tuple[Checkpoint, bytes]]:
         """Each whole checkpoint with the chained digest of the rounds before it."""

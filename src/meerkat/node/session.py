@@ -111,7 +111,7 @@ class ClientSession:
                 self._runtime = runtime_of(self._node, self._recipe, setup, path)
                 frame = self._hello(self._runtime, setup)
             except MaskError:
-                if self._has_own_mask(setup):
+                if self._own_mask(setup) is not None:
                     raise  # else the cached mask is damaged, and the server sends it again
         return frame
 
@@ -244,15 +244,16 @@ class ClientSession:
         sums = {name: tuple(values.tolist()) for name, values in found.items()}
         return Evaluation(number, len(examples), sums)
 
-    def _has_own_mask(self, setup: Setup) -> bool:
-        """Is the mask of a setup one that the operator gave, as it is until it is renewed?"""
-        return self._node.mask is not None and not setup.position
+    def _own_mask(self, setup: Setup) -> Path | None:
+        """The mask that the operator gave, which serves until the subspace is renewed."""
+        return None if setup.position else self._node.mask
 
     def _mask_path(self, setup: Setup, recipe: Recipe) -> Path:
-        if self._node.mask is not None and self._has_own_mask(setup):
-            if not self._node.mask.is_file():
-                raise MaskError(f"--node-config mask = {str(self._node.mask)!r}: no such file")
-            return self._node.mask
+        own = self._own_mask(setup)
+        if own is not None:
+            if not own.is_file():
+                raise MaskError(f"--node-config mask = {str(own)!r}: no such file")
+            return own
         return cache_dir(recipe.runtime, "masks") / f"run-{setup.proof.space[:24]}.safetensors"
 
     def _keep_mask(self, content: bytes) -> UpFrame:
@@ -260,7 +261,7 @@ class ClientSession:
         setup, recipe = self._setup, self._recipe
         if setup is None or recipe is None:
             raise ProtocolError("a mask before the setup")
-        if self._has_own_mask(setup):
+        if self._own_mask(setup) is not None:
             raise ProtocolError("a mask that was not asked for")
         path = self._mask_path(setup, recipe)
         scratch = path.with_name(f"{path.name}.{os.getpid()}.part")

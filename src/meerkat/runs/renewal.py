@@ -25,7 +25,7 @@ from meerkat.runs.directory import renewed_mask, renewed_mask_path
 from meerkat.spaces.mask_file import Mask, load_mask
 from meerkat.zo.log import Log
 
-__all__ = ["MakeMask", "Renewals", "check_renewed", "is_due", "wait_for_file"]
+__all__ = ["MakeMask", "Renewals", "is_due", "wait_for_file"]
 
 _logger = logging.getLogger("meerkat")
 
@@ -98,15 +98,15 @@ class Renewals:
         weights = self.mask.weights(state.model.theta)
         if path.exists():
             try:
-                return check_renewed(load_mask(path), self.mask, weights)
+                return _checked(load_mask(path), self.mask, weights)
             except MaskError as error:
                 _logger.warning("%s; it is made again", error)
                 path.unlink()
         self._make(path, self.mask, weights)
-        return check_renewed(load_mask(path), self.mask, weights)
+        return _checked(load_mask(path), self.mask, weights)
 
 
-def check_renewed(made: Mask, former: Mask, weights: Float32[np.ndarray, " n"]) -> Mask:
+def _checked(made: Mask, former: Mask, weights: Float32[np.ndarray, " n"]) -> Mask:
     """A renewed mask, if it goes on where the former one has led to.
 
     Raises:
