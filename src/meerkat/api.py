@@ -31,6 +31,7 @@ from meerkat.zo.state import ModelState, Theta
 
 if TYPE_CHECKING:
     from meerkat.runs.finding_mask import FoundMask
+    from meerkat.runs.planning import Plan
     from meerkat.spaces.base import ParameterSpace
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "gradip",
+    "plan",
     "recalibrate",
     "replay",
     "report",
@@ -86,6 +88,25 @@ def calibrate(
         return found
     save_mask(found.mask, out)
     return dataclasses.replace(found, path=Path(out))
+
+
+def plan(
+    recipe: Source,
+    overrides: Sequence[str] = (),
+    measure: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """What a run of a recipe will need: memory, disk, bytes, forward passes; no weight is loaded.
+
+    Args:
+        measure: Load model and data, and time a few passes: what the run will take here.
+
+    Raises:
+        MeerkatError: The recipe or the model is not usable.
+    """
+    with needed_extra("train"):
+        from meerkat.runs.planning import plan_run
+    return plan_run(_recipe(recipe, overrides), measure, progress)
 
 
 def recalibrate(

@@ -21,6 +21,7 @@ from meerkat.terminal.tables import (
     figures_table,
     gradip_table,
     mask_table,
+    plan_table,
     summary_table,
 )
 
@@ -118,6 +119,26 @@ def calibrate(
         found = api.calibrate(recipe, out, overrides or (), progress)
     for line in mask_table(found):
         console.print(line)
+
+
+@_command
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load model and data, and time a few passes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a run will need before it is made: memory, disk, bytes, passes, time."""
+    from meerkat import api
+
+    with Bar() as progress:
+        found = api.plan(recipe, overrides or (), measure, progress)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        console.print(plan_table(found.as_dict()))
 
 
 @_command
@@ -311,13 +332,16 @@ def bench(
         bool, typer.Option("--compile", help="step: with a compiled forward pass.")
     ] = False,
     model: Annotated[str, typer.Option(help="step: the model.")] = "demo:gemma-3-270m",
+    first_block: Annotated[
+        int, typer.Option(min=0, help="step: the first decoder block that may move.")
+    ] = 0,
 ) -> None:
     """Measure a step, the server, or the noise on this machine; ratios are within one run."""
     from meerkat.benchmarks import bench as measure
 
     options: dict[str, Any] = {}
     if kind is BenchKind.step:
-        options = {"compile": compiled, "model": model}
+        options = {"compile": compiled, "model": model, "first_block": first_block}
     _print_figures(measure(kind.value, **options), as_json)
 
 

@@ -157,6 +157,18 @@ def test_measured_step_restores_the_model(dtype: torch.dtype) -> None:
     assert fingerprint(loaded.model) == loaded.fingerprint
 
 
+def test_steps_that_keep_a_prefix_are_measured_beside_the_others() -> None:
+    loaded = tiny_model("gemma3")
+    figures = measure_step(
+        loaded, examples(6), 6, mask_density=0.05, repeats=2, reference=False, first_block=1
+    )
+    figures["machine"] = machine.describe()
+    assert_figures(figures, "step_over_prefix_step", "step_over_kept_step", "forward_over_gemm")
+    assert figures["first_block"] == 1
+    assert figures["kept_bytes"] == 4 * 32 * figures["tokens"]
+    assert fingerprint(loaded.model) == loaded.fingerprint
+
+
 def test_step_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "load_model", lambda section, runtime: tiny_model("llama"))
     monkeypatch.setattr(step, "demo_examples", lambda loaded, count: examples(count))

@@ -68,10 +68,14 @@ def peak_memory(
 
 
 def random_worker(
-    model: Any, fingerprint: str, objective: TextObjective, mask_density: float
+    model: Any,
+    fingerprint: str,
+    objective: TextObjective,
+    mask_density: float,
+    first_block: int = 0,
 ) -> Worker:
     """A worker with a random mask and the ε of the model's type (method.md section 3)."""
-    section = MaskSection(kind="random", density=mask_density)
+    section = MaskSection(kind="random", density=mask_density, first_block=first_block)
     mask = random_mask(eligible_parameters(model, section), section, fingerprint)
     recipe = parse_recipe(
         {

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from meerkat.benchmarks.machine import describe, interleaved, seconds
 from meerkat.benchmarks.memory import peak_memory, random_worker
 from meerkat.benchmarks.reference import option_batch, reference_step
-from meerkat.config import ModelSection, Runtime, TaskSection
+from meerkat.config import MaskSection, ModelSection, Runtime, TaskSection
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import packs
 from meerkat.data.sources import load_examples
@@ -23,6 +24,8 @@ from meerkat.federation.messages import RoundPlan
 from meerkat.models import attention
 from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
+from meerkat.models.prefix import KeptActivations
+from meerkat.spaces.mask_criteria import eligible_parameters, still_blocks
 from meerkat.tasks import resolve_task
 from meerkat.zo.log import Update
 
@@ -45,6 +48,7 @@ def bench_step(
     threads: int = 0,
     reference: bool = True,
     memory: bool = True,
+    first_block: int = 0,
 ) -> dict[str, Any]:
     """Measure a step on snippets of the demo task; see `measure_step` for what is measured.
 
@@ -54,6 +58,7 @@ def bench_step(
         threads: CPU threads; 0 leaves them to torch.
         reference: Also run the step of today, which takes most of the time.
         memory: Also measure peak memory, in two processes of their own.
+        first_block: Where the mask begins; above 0, also steps that keep activations below it.
 
     Raises:
         MeerkatError: The model or the demo task cannot be loaded.
@@ -66,7 +71,7 @@ def bench_step(
         loaded = load_model(section, runtime)
         examples = demo_examples(loaded, batch_size * _WARM_UP_BATCHES)
         figures = measure_step(
-            loaded, examples, batch_size, runtime, mask_density, repeats, reference
+            loaded, examples, batch_size, runtime, mask_density, repeats, reference, first_block
         )
         if memory:
             some = examples[: batch_size * _MEMORY_BATCHES]
@@ -92,6 +97,7 @@ def measure_step(
     mask_density: float = 1e-3,
     repeats: int = 5,
     reference: bool = True,
+    first_block: int = 0,
 ) -> dict[str, Any]:
     """Median wall-clock seconds on the first `batch_size` examples, measured in turn.
 
@@ -101,6 +107,9 @@ def measure_step(
     - `packed_seconds`, `padded_seconds`: one pass over the packed batch, and one over the same
       prompts padded to the longest, with transformers' SDPA attention and the same rows of the LM
       head. Neither is compiled, whatever the others are.
+    - `gemm_seconds`: the matrix products of such a pass alone, one after the other.
+    - `prefix_step_seconds`, `kept_step_seconds`, with a `first_block` above 0: a step that computes
+      the blocks below once for both its passes, and one that finds what they give.
     - `reference_seconds`: the faster of two steps of `reference.py`, which is never compiled.
 
     Afterwards the model has its bits back.
@@ -113,11 +122,16 @@ def measure_step(
     batch = list(examples[:batch_size])
     objective, figures = _objective(loaded, runtime, examples, batch_size)
     graphs = _graphs()
-    worker = random_worker(loaded.model, loaded.fingerprint, objective, mask_density)
+    worker = random_worker(loaded.model, loaded.fingerprint, objective, mask_density, first_block)
+    contenders = _contenders(loaded, worker, batch)
+    contenders["gemm"] = _products(loaded.model, batch, runtime)
+    kept = KeptActivations(2**30)
+    if first_block:
+        contenders |= _keeping(loaded.model, worker, objective, batch, first_block, kept)
 
     # Half of the reference before and half after, since the machine may change in between.
     others = [_reference(loaded, batch, _EPSILON)] if reference else []
-    taken = interleaved(_contenders(loaded, worker, batch), repeats)
+    taken = interleaved(contenders, repeats)
     worker.space.restore()
     if reference:
         others.append(_reference(loaded, batch, _EPSILON))
@@ -128,6 +142,8 @@ def measure_step(
     return {
         "step_over_two_forwards": taken["step"] / taken["forward"],
         "padded_over_packed": taken["padded"] / taken["packed"],
+        "forward_over_gemm": taken["packed"] / taken["gemm"],
+        **_prefix_figures(taken, kept, first_block),
         **figures,
         **{f"{name}_seconds": value for name, value in taken.items()},
         "tokens": sum(pack.tokens for pack in packs(batch, runtime.tokens_per_pass)),
@@ -169,6 +185,69 @@ def _contenders(
         "forward": lambda: seconds(lambda: (loss(batch), loss(batch))),
         "packed": packed,
         "padded": padded,
+    }
+
+
+def _products(model: Any, batch: Sequence[Encoded], runtime: Runtime) -> Callable[[], float]:
+    """Seconds of the products with the weights of all linear layers of the decoder blocks."""
+    tokens = sum(pack.tokens for pack in packs(batch, runtime.tokens_per_pass))
+    names = eligible_parameters(model, MaskSection())
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in names
+    ]
+    inputs = {
+        layer.in_features: torch.randn(tokens, layer.in_features).to(layer.weight)
+        for layer in layers
+    }
+
+    @torch.inference_mode()
+    def multiply() -> None:
+        for layer in layers:
+            linear(inputs[layer.in_features], layer.weight)
+        if layers and layers[0].weight.is_cuda:
+            torch.cuda.synchronize()
+
+    return lambda: seconds(multiply)
+
+
+def _keeping(
+    model: Any,
+    worker: Worker,
+    objective: TextObjective,
+    batch: Sequence[Encoded],
+    first_block: int,
+    kept: KeptActivations,
+) -> dict[str, Callable[[], float]]:
+    """Steps that keep the activations below the first block; the others compute all blocks."""
+    eligible = eligible_parameters(model, MaskSection(first_block=first_block))
+    objective.keep_prefix(still_blocks(model, list(eligible)), kept)
+    prefix, objective.prefix = objective.prefix, None
+    step = _stepper(worker, batch)
+
+    def keeping(fresh: bool) -> float:
+        if fresh:
+            kept.clear()
+        objective.prefix = prefix
+        try:
+            return step()
+        finally:
+            objective.prefix = None
+
+    return {"prefix_step": lambda: keeping(True), "kept_step": lambda: keeping(False)}
+
+
+def _prefix_figures(
+    taken: dict[str, float], kept: KeptActivations, first_block: int
+) -> dict[str, Any]:
+    if not first_block:
+        return {}
+    return {
+        "first_block": first_block,
+        "step_over_prefix_step": taken["step"] / taken["prefix_step"],
+        "step_over_kept_step": taken["step"] / taken["kept_step"],
+        "kept_bytes": kept.in_memory,
     }
 
 

@@ -97,6 +97,9 @@ class MaskSection(Section):
     """Globs of parameter names; empty means the weight matrices of the decoder blocks."""
     exclude: tuple[str, ...] = ()
     """Globs of parameter names to leave out of what `include` gives."""
+    first_block: Annotated[int, Field(ge=0, lt=2**16), Neutral(0)] = 0
+    """The first decoder block with parameters that may move. What the blocks below it make of a
+    batch is computed once (`runtime.prefix_cache`)."""
     corpus: str | tuple[str, ...] = "demo"
     """`demo`, a hub id, or text files, for calibration."""
     corpus_config: str | None = None
@@ -320,6 +323,11 @@ class Runtime(Section):
     twice the memory of bfloat16. `auto` is float32 on processors that have no use for bfloat16."""
     compile: bool = False
     """Compile the forward pass; worth it from some hundred steps on."""
+    prefix_cache: Annotated[int, Field(ge=0, lt=2**31)] = 256
+    """MiB of memory for activations of the decoder blocks below the first that may move, by batch;
+    0 computes them in each pass. Without `compile` no bit of a run depends on it."""
+    prefix_disk: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """MiB on disk, in `cache_dir`, for those that memory has no room for."""
     tokens_per_pass: Count = 16384
     """Most tokens in one packed forward pass; a longer batch takes several."""
     mask_passes: Literal[1, 2] = 1

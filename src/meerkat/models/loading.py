@@ -16,6 +16,7 @@ import platformdirs
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -32,6 +33,7 @@ __all__ = [
     "cache_dir",
     "choose_device",
     "configuration_digest",
+    "empty_model",
     "fingerprint",
     "load_model",
     "probe_logits",
@@ -104,19 +106,12 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
     transformers.utils.logging.disable_progress_bar()
     device = choose_device(runtime)
     dtype = getattr(torch, section.dtype)
-    name = section.name
-    if name.startswith("demo:"):
-        name = str(_converted_demo(demo_model(name), dtype, runtime))
-    elif name.endswith(".gguf"):
-        name = str(_converted(Path(name), dtype, runtime))
-    elif (name.startswith((".", "/", "~")) or Path(name).exists()) and not Path(name).is_dir():
-        raise ModelError(f"model.name = {name!r}: no such folder")
+    name = _source(section, runtime)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"model.name = {section.name!r} cannot be loaded: {reason}") from None
+        raise _not_loaded(section, error) from None
     torch.nn.Module.to(model, device).eval().requires_grad_(False)
     loaded = LoadedModel(
         model,
@@ -129,6 +124,46 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
     if computes_in_float32(runtime.compute, dtype, device):
         widen(model)  # fingerprint and probe are those of the stored weights, on every machine
     return loaded
+
+
+def empty_model(section: ModelSection, runtime: Runtime) -> PreTrainedModel:
+    """The architecture that `load_model` would load, in its types, without any weight.
+
+    A model that has to be converted is converted, as its configuration is made by that.
+
+    Raises:
+        ModelError: There is no such model, a package for it is missing, or it is no causal LM.
+    """
+    name = _source(section, runtime)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, section.dtype))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loaded(section, error) from None
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _source(section: ModelSection, runtime: Runtime) -> str:
+    """A folder or a hub id; what is in another form is converted into a folder.
+
+    Raises:
+        ModelError: There is no such file or folder.
+    """
+    name, dtype = section.name, getattr(torch, section.dtype)
+    if name.startswith("demo:"):
+        return str(_converted_demo(demo_model(name), dtype, runtime))
+    if name.endswith(".gguf"):
+        return str(_converted(Path(name), dtype, runtime))
+    if (name.startswith((".", "/", "~")) or Path(name).exists()) and not Path(name).is_dir():
+        raise ModelError(f"model.name = {name!r}: no such folder")
+    return name
+
+
+def _not_loaded(section: ModelSection, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0]
+    return ModelError(f"model.name = {section.name!r} cannot be loaded: {reason}")
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -17,6 +17,7 @@ from meerkat.errors import ModelError
 from meerkat.models import attention
 from meerkat.models.loading import LoadedModel
 from meerkat.models.packing_check import check_packing
+from meerkat.models.prefix import KeptActivations, Prefix
 from meerkat.tasks.objective import Predictions
 
 __all__ = ["TextObjective"]
@@ -42,6 +43,9 @@ class TextObjective:
 
     def __init__(self, loaded: LoadedModel, tokens_per_pass: int, compiled: bool = False):
         self.model = loaded.model
+        self._name = loaded.name
+        self.prefix: Prefix | None = None
+        """What is not computed in each pass; see `keep_prefix`."""
         self.device = next(self.model.parameters()).device
         self._tokens_per_pass = tokens_per_pass
         self._head = self.model.get_output_embeddings()
@@ -51,6 +55,14 @@ class TextObjective:
         check_packing(self.model, loaded.name, self.device)
         if compiled:
             self.model.base_model.compile(dynamic=True)
+
+    def keep_prefix(self, blocks: Sequence[nn.Module], kept: KeptActivations) -> None:
+        """From here on these first decoder blocks, which must never change, run once a batch.
+
+        Raises:
+            ModelError: The model does more between its blocks than to hand activations on.
+        """
+        self.prefix = Prefix(self.model, self._name, blocks, kept) if blocks else None
 
     @torch.inference_mode()
     def losses(self, examples: Sequence[Encoded]) -> Float64[np.ndarray, " S"]:
@@ -118,7 +130,10 @@ class TextObjective:
         return flat.index_add(0, batch.answer, chosen * batch.weight).view(-1, batch.answers)
 
     def _logits(self, batch: PackedBatch) -> Float32[Tensor, "P rows"]:
-        return attention.packed_logits(self.model, batch)
+        if self.prefix is None:
+            return attention.packed_logits(self.model, batch)
+        with self.prefix.skipped(batch):
+            return attention.packed_logits(self.model, batch)
 
     @contextmanager
     def _rows(self, rows: Int64[Tensor, " A"]) -> Iterator[None]:

@@ -21,16 +21,20 @@ from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
 from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
+from meerkat.models.prefix import KeptActivations
 from meerkat.progress import Progress
 from meerkat.runs.finding_mask import FoundMask, find_mask
 from meerkat.runs.finding_subspace import find_subspace
 from meerkat.spaces.linear import space_of
+from meerkat.spaces.mask_criteria import still_blocks
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.metrics import metric_names
 
 __all__ = ["Assembly", "EncodedExamples", "FoundMask", "assemble"]
+
+_MIB = 2**20
 
 
 class EncodedExamples(Sequence[Encoded]):
@@ -120,8 +124,13 @@ class Assembly:
 
     def worker(self) -> Worker:
         """The model as a worker, at the initial θ."""
-        space = space_of(self.loaded.model, self.found_mask.mask)
-        return Worker(space, self.objective, self.algorithm)
+        model, mask, runtime = self.loaded.model, self.found_mask.mask, self.recipe.runtime
+        if runtime.prefix_cache or runtime.prefix_disk:
+            kept = KeptActivations(
+                runtime.prefix_cache * _MIB, runtime.prefix_disk * _MIB, cache_dir(runtime)
+            )
+            self.objective.keep_prefix(still_blocks(model, mask.names), kept)
+        return Worker(space_of(model, mask), self.objective, self.algorithm)
 
     def client(self, number: int, part: int | None = None) -> Client:
         """A client with its data.

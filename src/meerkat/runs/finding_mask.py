@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from meerkat.config import Recipe
+from meerkat.config.schema import without_neutral
 from meerkat.data.corpus import calibration_batches, sequences
 from meerkat.errors import MaskError
 from meerkat.models.loading import LoadedModel
@@ -104,7 +105,8 @@ def _check_same_model(mask: Mask, loaded: LoadedModel, path: Path) -> None:
 def _cached(sources: Sources) -> FoundMask:
     """The sensitivity mask, found again by model, corpus and settings."""
     section, loaded = sources.recipe.mask, sources.loaded
-    settings = section.model_dump(mode="json", exclude={"file"}) | corpus_digests(section.corpus)
+    dumped = without_neutral(type(section), section.model_dump(mode="json", exclude={"file"}))
+    settings = dumped | corpus_digests(section.corpus)
     content = [loaded.fingerprint, loaded.configuration, settings]
     path = cache_path(sources.recipe.runtime, "masks", content)
     kept = read_cached(path, loaded.fingerprint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,11 +15,13 @@ from meerkat.spaces.mask_file import Mask
 from meerkat.zo.noise import words
 
 __all__ = [
+    "decoder_blocks",
     "eligible_parameters",
     "full_mask",
     "magnitude_scores",
     "mask_size",
     "random_mask",
+    "still_blocks",
     "top_mask",
     "union",
 ]
@@ -28,10 +30,11 @@ __all__ = [
 def eligible_parameters(model: nn.Module, section: MaskSection) -> dict[str, nn.Parameter]:
     """Parameters that a mask may choose from (method.md section 2, Eligible tensors).
 
-    By default the weight matrices of the decoder blocks; `include` replaces that.
+    By default the weight matrices of the decoder blocks; `include` replaces that. Of parameters in
+    decoder blocks those below `first_block` are left out.
 
     Raises:
-        MaskError: A glob matches nothing, or nothing is left.
+        MaskError: A glob matches nothing, the model has no such block, or nothing is left.
     """
     parameters = dict(model.named_parameters())
     for field, globs in (("include", section.include), ("exclude", section.exclude)):
@@ -44,24 +47,62 @@ def eligible_parameters(model: nn.Module, section: MaskSection) -> dict[str, nn.
     if section.include:
         chosen = [n for n in parameters if any(fnmatch.fnmatchcase(n, g) for g in section.include)]
     else:
-        blocks = _decoder_blocks(model)
-        chosen = [n for n, p in parameters.items() if n.startswith(blocks) and p.ndim >= 2]
+        prefix, _ = decoder_blocks(model)
+        chosen = [n for n, p in parameters.items() if n.startswith(prefix) and p.ndim >= 2]
+    if section.first_block:
+        chosen = _from_block(model, section.first_block, chosen)
     chosen = [n for n in chosen if not any(fnmatch.fnmatchcase(n, g) for g in section.exclude)]
     if not chosen:
         raise MaskError("mask.include and mask.exclude leave no parameter; change one of them")
     return {name: parameters[name] for name in chosen}
 
 
-def _decoder_blocks(model: nn.Module) -> str:
-    """Prefix of the model's largest list of modules: its decoder blocks."""
+def still_blocks(model: nn.Module, moving: Collection[str]) -> list[nn.Module]:
+    """The first decoder blocks, in which none of the parameters of these names is.
+
+    None where one of them is outside the blocks: the embeddings, say.
+    """
+    try:
+        prefix, blocks = decoder_blocks(model)
+    except MaskError:
+        return []
+    if not all(name.startswith(prefix) for name in moving):
+        return []
+    return list(blocks[: min((_block(name, prefix) for name in moving), default=0)])
+
+
+def _from_block(model: nn.Module, first: int, names: Sequence[str]) -> list[str]:
+    """These names, less those of blocks below the first.
+
+    Raises:
+        MaskError: The model has no such block.
+    """
+    prefix, blocks = decoder_blocks(model)
+    if first >= len(blocks):
+        raise MaskError(
+            f"mask.first_block = {first}: the model has decoder blocks 0 to {len(blocks) - 1}"
+        )
+    return [n for n in names if not n.startswith(prefix) or _block(n, prefix) >= first]
+
+
+def _block(name: str, prefix: str) -> int:
+    return int(name.removeprefix(prefix).split(".", 1)[0])
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The model's largest list of modules, which is that of its decoder blocks, after its prefix.
+
+    Raises:
+        MaskError: It has none.
+    """
     lists = {
-        name: sum(p.numel() for p in module.parameters())
+        f"{name}.": module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     }
     if not lists:
         raise MaskError("the model has no list of decoder blocks; set mask.include")
-    return max(lists, key=lambda name: lists[name]) + "."
+    return max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def mask_size(density: float, eligible: int) -> int:

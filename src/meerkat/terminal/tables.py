@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from meerkat.tasks.metrics import LOSS, METRICS
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # the help texts need no torch
     from meerkat.runs.trajectories import Gradip
     from meerkat.spaces.subspace import Subspace
 
-__all__ = ["figures_table", "gradip_table", "mask_table", "summary_table"]
+__all__ = ["figures_table", "gradip_table", "mask_table", "plan_table", "summary_table"]
 
 
 def gradip_table(found: Gradip) -> list[str]:
@@ -115,6 +116,24 @@ def figures_table(figures: dict[str, Any]) -> Table:
             for key, value in figures.items()
         }
     )
+
+
+def plan_table(figures: dict[str, dict[str, float]]) -> Table:
+    """What a run will need, section by section; bytes and seconds with their unit."""
+    rows: dict[str, str] = {}
+    for section, part in figures.items():
+        for name, value in part.items():
+            rows[f"{section}: {name.replace('_', ' ')}"] = _with_unit(section, value)
+    return _two_columns(rows)
+
+
+def _with_unit(section: str, value: float) -> str:
+    match section:
+        case "bytes" | "memory" | "disk":
+            return decimal(round(value))
+        case "seconds":
+            return f"{value:.2g} s" if value < 60 else f"{value / 60:.1f} min"
+    return f"{value:,}"
 
 
 def _two_columns(rows: dict[str, str]) -> Table:

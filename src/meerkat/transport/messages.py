@@ -25,6 +25,7 @@ __all__ = [
     "AXIS_BYTES",
     "ENTRY_BYTES",
     "PLAN_BYTES",
+    "REPORT_BYTES",
     "decode_plan",
     "decode_report",
     "decode_updates",
@@ -47,6 +48,9 @@ PLAN_BYTES = _PLAN.size
 
 ENTRY_BYTES = _ENTRY.size
 """Size of a log entry."""
+
+REPORT_BYTES = _REPORT.size
+"""Size of a report without its scalars, each of which has 4 more bytes."""
 
 AXIS_BYTES = 8
 """Size of a coefficient along an axis."""

@@ -1,0 +1,368 @@
+"""What a run will need, from its recipe and the configuration of its model: no weight is loaded.
+
+Bytes on the wire, forward passes and files follow exactly. Memory is that of what is held for
+certain, and for activations an estimate from the widths of the layers. With a measurement, which
+loads model and data, also the time of a step, and what follows from it for the run.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from meerkat.config import Recipe
+from meerkat.models.compute import computes_in_float32
+from meerkat.models.loading import choose_device, empty_model
+from meerkat.progress import Progress
+from meerkat.registry import build
+from meerkat.runs.assembly import assemble
+from meerkat.runs.driver import CHECKPOINT_EVERY
+from meerkat.spaces.mask_criteria import (
+    decoder_blocks,
+    eligible_parameters,
+    mask_size,
+    still_blocks,
+)
+from meerkat.spaces.mask_file import load_mask
+from meerkat.transport.messages import AXIS_BYTES, ENTRY_BYTES, PLAN_BYTES, REPORT_BYTES
+from meerkat.zo.estimators import ESTIMATORS
+from meerkat.zo.estimators.base import Estimator
+
+__all__ = ["Plan", "plan_run"]
+
+_REPEATS = 5
+_BACKWARD = 3
+"""A forward and a backward pass, in forward passes: the backward one takes about two."""
+_EMPTY, _ROUND, _ROW = 60_000, 350, 20
+"""What SQLite, header and evaluations, a round, and a report take in a journal beside what is
+counted; as seen."""
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """The model, and where θ may move in it."""
+
+    parameters: int
+    eligible: int
+    """Parameters that the mask is chosen from."""
+    masked: int
+    """n; of a union mask the most that it may have."""
+    moving: int
+    """Values of the training state: n, or the k of a subspace."""
+    blocks: int
+    """Decoder blocks."""
+    kept_blocks: int
+    """The first of them, which are computed once for a batch (`runtime.prefix_cache`)."""
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """Passes of one example through the model. A backward pass is on top of its forward pass."""
+
+    forward_a_step: int
+    """By one client in one local step, for all its directions and examples."""
+    backward_a_step: int
+    training: int
+    """Forward passes by all clients in the whole run."""
+    evaluating: int
+
+
+@dataclass(frozen=True)
+class ByteFigures:
+    """Bytes of the messages; what a transport puts around them is not counted."""
+
+    up_a_client_round: int
+    down_a_client_round: float
+    """With the part of the log that a client lacks, on average over a run."""
+    up: int
+    down: int
+    once: int
+    """Mask and subspace, sent to each client once."""
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """Bytes in main or device memory."""
+
+    weights: int
+    """In the type that the forward pass computes in."""
+    activations: int
+    """Of one pass, or with exact reports of those that are kept for the backward pass. Estimated,
+    for examples as long as `task.max_length`."""
+    client: int
+    """Those two, mask, subspace and state."""
+    server: int
+    """Mask, subspace and state: a server has no model."""
+    making_the_mask: int
+    """Once, where it is calibrated."""
+    making_the_subspace: int
+
+
+@dataclass(frozen=True)
+class DiskFigures:
+    """Bytes on disk."""
+
+    model: int
+    """A client's: weights as they are stored."""
+    mask: int
+    """Mask and subspace."""
+    journal: int
+    """After the last round; the two checkpoints that it keeps included."""
+
+
+@dataclass(frozen=True)
+class TimeFigures:
+    """Seconds on this machine, where one process computes one client after the other."""
+
+    forward: float
+    """One pass over a batch of the recipe's own examples."""
+    step: float
+    """One local step of one client."""
+    mask: float
+    subspace: float
+    training: float
+    evaluating: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need."""
+
+    model: ModelFigures
+    passes: PassFigures
+    bytes: ByteFigures
+    memory: MemoryFigures
+    disk: DiskFigures
+    seconds: TimeFigures | None = None
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """All figures by section and name."""
+        return {name: part for name, part in asdict(self).items() if part is not None}
+
+
+def plan_run(recipe: Recipe, measure: bool = False, progress: Progress | None = None) -> Plan:
+    """What a run of this recipe will need.
+
+    Args:
+        measure: Load the model and the data, and time a few passes and a step.
+
+    Raises:
+        MeerkatError: There is no such model, or nothing in it may move.
+    """
+    planner = _Planner(recipe)
+    return Plan(
+        planner.model,
+        planner.passes,
+        planner.bytes,
+        planner.memory,
+        planner.disk,
+        planner.seconds(progress or Progress()) if measure else None,
+    )
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+        self._empty = empty_model(recipe.model, recipe.runtime)
+        self._eligible = eligible_parameters(self._empty, recipe.mask)
+        _, self._blocks = decoder_blocks(self._empty)
+        chosen = recipe.optimizer.estimator
+        self._estimator: Estimator = build(
+            ESTIMATORS, chosen.kind, chosen.options, "optimizer.estimator"
+        )
+        self._exact = chosen.kind == "backward" or bool(recipe.optimizer.exact_clients)
+
+    @cached_property
+    def model(self) -> ModelFigures:
+        recipe, eligible = self._recipe, sum(p.numel() for p in self._eligible.values())
+        masked = self._masked(eligible)
+        still = still_blocks(self._empty, list(self._eligible))
+        return ModelFigures(
+            parameters=sum(parameter.numel() for parameter in self._empty.parameters()),
+            eligible=eligible,
+            masked=masked,
+            moving=masked if recipe.subspace is None else recipe.subspace.dimensions,
+            blocks=len(self._blocks),
+            kept_blocks=len(still) if recipe.runtime.prefix_cache else 0,
+        )
+
+    def _masked(self, eligible: int) -> int:
+        section = self._recipe.mask
+        if section.file is not None:
+            return load_mask(section.file).size
+        if section.kind == "full":
+            return eligible
+        if section.scope == "tensor" and section.kind in ("sensitivity", "magnitude"):
+            return sum(mask_size(section.density, p.numel()) for p in self._eligible.values())
+        found = mask_size(section.density, eligible)
+        if section.kind == "union":
+            return min(eligible, found * self._recipe.federation.clients)
+        return found
+
+    @cached_property
+    def passes(self) -> PassFigures:
+        recipe = self._recipe
+        federation, evaluation = recipe.federation, recipe.evaluation
+        steps = federation.rounds * federation.local_steps * recipe.clients_per_round
+        directions = self._estimator.forward_passes(recipe.noise.perturbations)
+        every = evaluation.every or federation.rounds
+        evaluations = 1 + len({*range(every, federation.rounds + 1, every), federation.rounds})
+        backward = recipe.optimizer.estimator.kind == "backward"
+        return PassFigures(
+            forward_a_step=directions * federation.batch_size,
+            backward_a_step=federation.batch_size if backward else 0,
+            training=steps * directions * federation.batch_size,
+            evaluating=evaluations * evaluation.examples,
+        )
+
+    @cached_property
+    def bytes(self) -> ByteFigures:
+        recipe = self._recipe
+        federation, numbers = recipe.federation, recipe.numbers_per_step
+        reports = federation.rounds * recipe.clients_per_round
+        up = REPORT_BYTES + 4 * federation.local_steps * numbers
+        # A client is sent the whole log but what follows its last round; sampled as often as all.
+        log = (federation.rounds - 1) * federation.local_steps * self._entries
+        holders = federation.clients
+        down = reports * PLAN_BYTES + log * holders
+        return ByteFigures(
+            up_a_client_round=up,
+            down_a_client_round=down / reports,
+            up=reports * up,
+            down=down,
+            once=self._mask_file,
+        )
+
+    @property
+    def _entries(self) -> int:
+        """Bytes of the log for one local step."""
+        recipe = self._recipe
+        shared = recipe.noise.directions == "shared"
+        drawn = recipe.noise.perturbations * (1 if shared else recipe.clients_per_round)
+        axes = 0
+        if self._exact and recipe.subspace is not None:
+            axes = ENTRY_BYTES + AXIS_BYTES * (recipe.subspace.dimensions - 1)
+        if recipe.optimizer.estimator.kind == "backward":
+            return axes
+        return drawn * ENTRY_BYTES + axes
+
+    @property
+    def _mask_file(self) -> int:
+        """Coordinates, their initial values, p where it is measured, and B in bfloat16."""
+        n, model = self.model.masked, self.model
+        listed = 0 if n == model.eligible else 4
+        measured = 4 if self._recipe.mask.kind in ("sensitivity", "union") else 0
+        return n * (listed + 4 + measured) + 2 * n * self._dimensions
+
+    @property
+    def _dimensions(self) -> int:
+        return 0 if self._recipe.subspace is None else self._recipe.subspace.dimensions
+
+    @cached_property
+    def memory(self) -> MemoryFigures:
+        recipe = self._recipe
+        device = choose_device(recipe.runtime)
+        dtype: torch.dtype = getattr(torch, recipe.model.dtype)
+        width = 4 if computes_in_float32(recipe.runtime.compute, dtype, device) else dtype.itemsize
+        weights = self.model.parameters * width
+        n, k = self.model.masked, self._dimensions
+        state = 12 * self.model.moving  # before the run, now, and one that is being made
+        space = n * (8 + 4 + 4) + n * k * (2 + 4)  # coordinates, θ_0 and p; B as stored and used
+        mask, texts = recipe.mask, 0 if recipe.subspace is None else recipe.subspace.texts
+        tokens = min(recipe.runtime.tokens_per_pass, self._longest * recipe.federation.batch_size)
+        exact = self._activations(tokens, kept=True) if self._exact else 0
+        activations = width * max(exact, self._activations(tokens, kept=False))
+        sequences = mask.batch_size * mask.sequence_length
+        calibrated = mask.file is None and mask.kind in ("sensitivity", "union")
+        scores = 4 * self.model.eligible * (2 if recipe.runtime.mask_passes == 1 else 1)
+        logits = 8 * sequences * self._vocabulary
+        backward = width * self._activations(sequences, kept=True) + logits
+        gathered = 4 * n * (texts + k) + 8 * texts**2
+        of_texts = width * self._activations(16 * self._longest, kept=True)
+        aligned = recipe.subspace is not None and recipe.subspace.kind == "aligned"
+        return MemoryFigures(
+            weights=weights,
+            activations=activations,
+            client=weights + activations + space + state,
+            server=space + state,
+            making_the_mask=weights + scores + backward if calibrated else 0,
+            making_the_subspace=weights + gathered + of_texts if aligned else 0,
+        )
+
+    @property
+    def _longest(self) -> int:
+        return self._recipe.task.max_length
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self._empty.get_output_embeddings().weight.shape[0])
+
+    def _activations(self, tokens: int, kept: bool) -> int:
+        """Values that a pass holds at a time: of one block, or of all that a gradient runs through.
+
+        A block keeps the input and output of each of its linear layers.
+        """
+        linear = [m for m in self._blocks[0].modules() if isinstance(m, nn.Linear)]
+        one = sum(layer.in_features + layer.out_features for layer in linear)
+        return tokens * one * (len(self._blocks) - self.model.kept_blocks if kept else 1)
+
+    @cached_property
+    def disk(self) -> DiskFigures:
+        recipe = self._recipe
+        federation = recipe.federation
+        dtype: torch.dtype = getattr(torch, recipe.model.dtype)
+        numbers = federation.local_steps * recipe.numbers_per_step
+        report = REPORT_BYTES + 4 * numbers + _ROW
+        updates = federation.local_steps * self._entries
+        rounds = federation.rounds * (_ROUND + updates + recipe.clients_per_round * report)
+        kept = min(2, federation.rounds // CHECKPOINT_EVERY)
+        states = (1 + kept) * 4 * self.model.moving
+        return DiskFigures(
+            model=self.model.parameters * dtype.itemsize,
+            mask=self._mask_file,
+            journal=_EMPTY + rounds + states,
+        )
+
+    def seconds(self, progress: Progress) -> TimeFigures:
+        """Measured on the recipe's own examples; what is not measured follows from the passes."""
+        recipe, passes, model = self._recipe, self.passes, self.model
+        assembly = assemble(recipe, progress)
+        batch = assembly.client(0).batch(0)
+        tokens = sum(pack.tokens for pack in assembly.objective.packs(batch))
+        taken = []
+        for _ in range(1 + _REPEATS):
+            started = time.perf_counter()
+            assembly.objective.losses(batch)
+            taken.append(time.perf_counter() - started)
+        forward = statistics.median(taken[1:])
+        size = recipe.federation.batch_size
+        kept = model.kept_blocks / max(1, model.blocks)
+        a_step = passes.forward_a_step / size * (1 - kept) + kept
+        a_step += (_BACKWARD - 1) * passes.backward_a_step / size * (1 - kept)
+        mask, subspace = recipe.mask, recipe.subspace
+        calibrated = mask.file is None and mask.kind in ("sensitivity", "union")
+        of_mask = mask.batches * mask.batch_size * mask.sequence_length * recipe.runtime.mask_passes
+        aligned = subspace is not None and subspace.kind == "aligned"
+        of_texts = subspace.texts if subspace is not None and aligned else 0
+        steps = passes.training / passes.forward_a_step
+        return TimeFigures(
+            forward=forward,
+            step=forward * a_step,
+            # In calibration each token has a row of logits over the whole vocabulary.
+            mask=_BACKWARD * forward / tokens * of_mask * self._with_head if calibrated else 0.0,
+            subspace=_BACKWARD * forward / size * of_texts,
+            training=forward * a_step * steps,
+            evaluating=forward / size * passes.evaluating,
+        )
+
+    @property
+    def _with_head(self) -> float:
+        """Parameters that a token of a calibration sequence meets, by those of the blocks."""
+        blocks = sum(parameter.numel() for parameter in self._blocks.parameters())
+        head = self._empty.get_output_embeddings().weight.numel()
+        return (blocks + head) / blocks
