@@ -28,8 +28,34 @@ SEEDS = (0, 1, 2)
 PLAIN = ["subspace.kind=none"]
 TWO_POINT = ["federation.batch_size=16", "optimizer.estimator=two-point", "noise.perturbations=1"]
 BACKWARD = ["federation.batch_size=16", "optimizer.estimator=backward", "noise.perturbations=1"]
+MIXED = ["optimizer.exact_clients=[0, 1]"]  # of four; the others report as the recipe says
 MODELS = {"gemma": "demo:gemma-3-270m", "smollm2": "demo:smollm2-135m"}
-TASKS = ("rotten_tomatoes", "debian_sections_4", "debian_sections", "wordnet_pairs")
+TASKS = (
+    "rotten_tomatoes",
+    "debian_sections_4",
+    "debian_sections",
+    "wordnet_pairs",
+    "chinese_reviews",
+)
+RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+
+
+def _blocks(first: int, count: int = 18) -> str:
+    """A recipe's list of globs: the weights of decoder blocks from one on."""
+    names = (f'"model.layers.{block}.*_proj.weight"' for block in range(first, count))
+    return f"[{', '.join(names)}]"
+
+
+MASKS = {
+    "density-1e-4": ["mask.density=1e-4"],
+    "density-1e-2": ["mask.density=1e-2"],
+    "magnitude": ["mask.kind=magnitude"],
+    "random": ["mask.kind=random"],
+    # The last blocks of 18, as many coordinates as of all with the usual density.
+    "from-6": [f"mask.include={_blocks(6)}", "mask.density=1.5e-3"],
+    "from-9": [f"mask.include={_blocks(9)}", "mask.density=2e-3"],
+    "from-12": [f"mask.include={_blocks(12)}", "mask.density=3e-3"],
+}
 
 
 def arms() -> dict[str, list[str]]:
@@ -41,16 +67,22 @@ def arms() -> dict[str, list[str]]:
         found[f"demo/plain-s{seed}"] = [*PLAIN, *own]
         found[f"demo/two-point-s{seed}"] = [*TWO_POINT, *own]
         found[f"demo/backward-s{seed}"] = [*BACKWARD, "federation.rounds=15", *own]
+        found[f"demo/mixed-s{seed}"] = [*MIXED, *own]
+        found[f"demo/forward-mode-s{seed}"] = ["optimizer.estimator=forward-mode", *own]
         found[f"demo/loaded-s{seed}"] = ["subspace.start=loaded", *own]
         found[f"demo/random-s{seed}"] = ["subspace.kind=random", "subspace.dimensions=32", *own]
+        for name, settings in MASKS.items():
+            found[f"masks/{name}-s{seed}"] = [*settings, *own]
     every = ["evaluation.every=30", "evaluation.examples=512"]
     for model, name in MODELS.items():
         for task in TASKS:
-            pair = [f"model.name={name}", f"task.name={task}", *every]
-            found[f"pairs/{model}-{task}-aligned"] = pair
-            for rate in (1e-6, 3e-6, 1e-5, 3e-5):
-                settings = [*PLAIN, f"optimizer.learning_rate={rate}", *pair]
-                found[f"pairs/{model}-{task}-plain-{rate:g}"] = settings
+            for seed in SEEDS:
+                pair = [f"model.name={name}", f"task.name={task}", *every, f"seed={seed}"]
+                end = f"-s{seed}" if seed else ""
+                found[f"pairs/{model}-{task}-aligned{end}"] = pair
+                for rate in RATES:
+                    settings = [*PLAIN, f"optimizer.learning_rate={rate}", *pair]
+                    found[f"pairs/{model}-{task}-plain-{rate:g}{end}"] = settings
     return found
 
 

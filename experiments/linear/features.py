@@ -28,6 +28,7 @@ from meerkat.data.demo import demo_rows, package_file, snapshot
 from meerkat.data.encoding import Encoded
 from meerkat.data.packing import PackedBatch
 from meerkat.runs.assembly import Assembly, assemble
+from meerkat.runs.finding_mask import find_mask
 from meerkat.spaces.example_gradients import example_gradients
 from meerkat.tasks import Example
 
@@ -36,6 +37,8 @@ HELD, OF_CLIENT, CLIENTS, TOGETHER = 768, 512, 4, 16
 PUBLIC = {"plots": 512, "speeches": 512, "words": 256, "debian": 256, "chinese": 256}
 GIVEN = 512
 """Snippets that clients give without their labels."""
+FIRST_BLOCKS, SHARES = (3, 6, 9, 12, 15), (0.3, 0.1, 0.03, 0.01)
+"""Of `supports`: where the masked coordinates begin, of 18 blocks, and how many of them."""
 RANDOM = 512
 """Random directions over the masked coordinates."""
 
@@ -119,17 +122,57 @@ def make_features(out: Path, changes: Sequence[str] = ()) -> None:
     write_products(out, mask.gradient)
 
 
-def write_products(out: Path, p: np.ndarray) -> None:
-    """Write the inner products, by group, one group in memory beside the public ones."""
+def write_products(
+    out: Path, p: np.ndarray, to: Path | None = None, kept: np.ndarray | None = None
+) -> None:
+    """Write the inner products, by group, one group in memory beside the public ones.
+
+    Args:
+        to: Folder for `products.npz`, if not that of the groups.
+        kept: Coordinates that may move, if not all masked ones.
+    """
     sources = (*PUBLIC, "clients", "pool")
-    public = np.concatenate([np.load(out / f"{name}.npz")["gradients"] for name in sources])
+    kept = np.arange(len(p)) if kept is None else kept
+    p = p[kept]
+
+    def rows_of(name: str) -> np.ndarray:
+        return np.asarray(np.load(out / f"{name}.npz")["gradients"][:, kept])
+
+    public = np.concatenate([rows_of(name) for name in sources])
     drawn = np.random.default_rng(7).standard_normal((len(p), RANDOM), np.float32)
     drawn /= np.float32(np.sqrt(len(p)))
     arrays = {"p": public @ p, "p_random": p @ drawn, "p_norm": np.linalg.norm(p)}
     for name in (*sources, "held"):
-        group = np.load(out / f"{name}.npz")
-        rows = group["gradients"]
+        group, rows = np.load(out / f"{name}.npz"), rows_of(name)
         arrays[name], arrays[f"{name}_random"] = rows @ public.T, rows @ drawn
         arrays[f"{name}_d"], arrays[f"{name}_y"] = group["scores"], group["labels"]
         arrays[f"{name}_norm"] = np.linalg.norm(rows, axis=1)
-    np.savez(out / "products.npz", **arrays)
+    to = to or out
+    to.mkdir(parents=True, exist_ok=True)
+    np.savez(to / "products.npz", **arrays)
+
+
+def supports(out: Path) -> dict[str, Path]:
+    """Folders with the products of a part of the masked coordinates, made where they are missing.
+
+    The coordinates of the decoder blocks from one on, and a share of all that is drawn.
+    """
+    recipe = load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none"])
+    mask, found = find_mask(assemble(recipe)).mask, {"all": out}
+    assert mask.gradient is not None, "the demo's mask has p"
+    block = np.concatenate(
+        [
+            np.full(len(indices), int(name.split("layers.")[1].split(".")[0]))
+            for name, indices in zip(mask.names, mask.indices, strict=True)
+        ]
+    )
+    parts = {f"blocks from {first} on": np.flatnonzero(block >= first) for first in FIRST_BLOCKS}
+    for share in SHARES:
+        draw = np.random.default_rng(9).permutation(mask.size)[: round(share * mask.size)]
+        parts[f"{share:g} of them, drawn"] = np.sort(draw)
+    for name, kept in parts.items():
+        to = out / re.sub(r"\W+", "-", name)
+        if not (to / "products.npz").exists():
+            write_products(out, mask.gradient, to, kept)
+        found[f"{name} ({len(kept)})"] = to
+    return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .directions import Arm
+from .features import supports
 from .training import BOTH, EXACT, LONG, TWO_POINT, best, line
 from .world import World
 
@@ -69,4 +70,17 @@ def rates(out: Path) -> None:
                 line(f"k = {k}, {label}, {factor:g} η", World(out, k), tried)
 
 
-TABLES = {"whitening": whitening, "ceiling": ceiling, "dimensions": dimensions, "rates": rates}
+def support(out: Path) -> None:
+    """Some of the masked coordinates alone, at η of Eq. 20."""
+    for name, part in supports(out).items():
+        for label, arm in BOTH:
+            line(f"{name}, {label}", World(part), arm)
+
+
+TABLES = {
+    "support": support,
+    "whitening": whitening,
+    "ceiling": ceiling,
+    "dimensions": dimensions,
+    "rates": rates,
+}
