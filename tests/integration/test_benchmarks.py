@@ -232,6 +232,8 @@ def test_noise_figures() -> None:
         "gaussian_milliseconds",
         "gaussian_values_per_second",
         "gaussian_over_torch",
+        "tabulated_milliseconds",
+        "tabulated_over_numpy",
         "rademacher_milliseconds",
         "rademacher_values_per_second",
         "rademacher_over_numpy",

@@ -128,6 +128,7 @@ OPTIONS: list[dict[str, dict[str, Any]]] = [
     {"federation": {"clients_per_round": 2}},
     {"federation": {"weighting": "examples"}},
     {"noise": {"kind": "rademacher"}},
+    {"noise": {"kind": "tabulated"}},
     {"noise": {"perturbations": 3}},
     {"noise": {"directions": "per-client", "perturbations": 2}},
     {"optimizer": {"schedule": "linear"}},

@@ -174,7 +174,7 @@ def digests() -> dict[str, str]:
 
 
 def _each() -> Iterator[tuple[str, str]]:
-    for kind in ("gaussian", "rademacher"):
+    for kind in ("gaussian", "tabulated", "rademacher"):
         found = Hash()
         for key in (NoiseKey(11, 0, 0), NoiseKey(2**63 - 1, 7, 3, 2, 5)):
             found.add(draw(key, 20_001, kind), draw(key, 99, kind, start=8192))

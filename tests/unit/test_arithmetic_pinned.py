@@ -23,6 +23,7 @@ import pytest
 
 GOLDEN = {
     "draw gaussian": "5457f5f5eb7ec96c572e55f6c1fed79677753617434488948fe6df2b3cd654ba",
+    "draw tabulated": "0f10163f73cbe98cb16b05398ed5ec5fcd4326eda7c3d136ac138990764a65f7",
     "draw rademacher": "003a2756a0b8b6c45278ac908390046a91cf36b3567724dae3a31b3c1bdcfc88",
     "rounds sgd shared fresh": "20d8d8d3895a2e90c9b8ce0e105230f7714988306cbe355430418fd6e73c9bb5",
     "rounds sgd shared pool": "ed800230de435e1848f0c0f80dd50a143c41a60ac799287ad73dec5c0bde70b9",

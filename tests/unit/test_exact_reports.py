@@ -330,7 +330,7 @@ def test_weights_say_what_a_report_brings() -> None:
 
 
 @pytest.mark.parametrize("q", [1, 4])
-@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "orthogonal"])
+@pytest.mark.parametrize("kind", ["gaussian", "tabulated", "rademacher", "orthogonal"])
 def test_the_precision_of_a_drawn_estimate_is_what_is_seen(kind: str, q: int) -> None:
     """r = |∇|² / E|ĝ|², by drawing."""
     k = 8  # blocks of eight hold whole steps of four

@@ -33,6 +33,16 @@ GOLDEN = {
         ],
         "670ab594a4d5c0dcb44b9ee42ea3225436522974a375dff8f8e1df102a23d40e",
     ),
+    "tabulated": (
+        [
+            0.1715988665819168,
+            -0.9781234264373779,
+            1.0277721881866455,
+            -0.7241488099098206,
+            0.4081709086894989,
+        ],
+        "d384d4e2cad0032559cbdcb028dc47bcd82a7cce1896c5833a1328b2315ed135",
+    ),
     "rademacher": (
         [-1.0, -1.0, -1.0, -1.0, 1.0],
         "52cfd3608a436577f3898cccaa647cfc1a0606ba26af256b2ff53e2d7739ea54",
@@ -57,7 +67,7 @@ keys = st.builds(
     perturbation=st.integers(0, 2**8 - 1),
     client=st.integers(0, SHARED),
 )
-kinds = st.sampled_from(["gaussian", "rademacher"])
+kinds = st.sampled_from(["gaussian", "tabulated", "rademacher"])
 
 
 def sha(array: np.ndarray) -> str:
@@ -312,6 +322,27 @@ def test_logarithm_is_accurate() -> None:
     x = np.concatenate([probes(), 2.0 ** -np.arange(1, 34)])
     expected = np.array([math.log(value) for value in x])
     np.testing.assert_allclose(noise._log(x), expected, rtol=1e-14, atol=1e-17)
+
+
+def test_tabulated_values_are_gaussian() -> None:
+    """Moments of the table itself, and every entry equally often."""
+    table = noise._table().astype(np.float64)
+    assert len(np.unique(table)) == 2**16
+    assert table.sum() == 0
+    assert np.mean(table**2) == pytest.approx(1, abs=1e-8)
+    assert np.mean(table**4) == pytest.approx(3, abs=1e-3)
+    exact = [NormalDist().inv_cdf((place + 0.5) * 2.0**-16) for place in range(2**16)]
+    assert np.max(np.abs(table - exact)) < 2e-4  # but for the scale, which makes up for the tails
+    counts = np.bincount(np.searchsorted(table, million("tabulated")) >> 6, minlength=1024)
+    expected = 1_000_000 / 1024
+    assert np.sum((counts - expected) ** 2) / expected < 1023 + 5 * math.sqrt(2 * 1023)
+
+
+@pytest.mark.parametrize("lag", [1, 2, 3, 4, 8, BLOCK])
+def test_tabulated_neighbours_are_independent(lag: int) -> None:
+    z = million("tabulated").astype(np.float64)
+    assert abs(np.mean(z[:-lag] * z[lag:])) < 4.5 / math.sqrt(len(z))
+    assert abs(np.mean(z[:-lag] ** 2 * z[lag:] ** 2) - 1) < 4.5 * 2 * math.sqrt(2 / len(z))
 
 
 def test_rademacher_is_balanced() -> None:

@@ -27,16 +27,17 @@ def bench_noise(mask_size: int = 100_000, repeats: int = 50) -> dict[str, Any]:
     steps = count()
     runs: dict[str, Callable[[], object]] = {
         "gaussian": lambda: draw(NoiseKey(0, 0, next(steps)), mask_size, "gaussian"),
+        "tabulated": lambda: draw(NoiseKey(0, 0, next(steps)), mask_size, "tabulated"),
         "rademacher": lambda: draw(NoiseKey(0, 0, next(steps)), mask_size, "rademacher"),
         "numpy": lambda: numpy_generator.standard_normal(mask_size, dtype=np.float32),
         "torch": lambda: torch.randn(mask_size, generator=torch_generator),
     }
     taken = interleaved({name: partial(seconds, run) for name, run in runs.items()}, repeats)
     figures: dict[str, Any] = {}
-    for kind in ("gaussian", "rademacher"):
+    for kind in ("gaussian", "tabulated", "rademacher"):
         figures[f"{kind}_milliseconds"] = taken[kind] * 1e3
         figures[f"{kind}_values_per_second"] = mask_size / taken[kind]
-    for kind in ("gaussian", "rademacher"):
+    for kind in ("gaussian", "tabulated", "rademacher"):
         for other in ("numpy", "torch"):
             figures[f"{kind}_over_{other}"] = taken[kind] / taken[other]
     return {

@@ -201,7 +201,7 @@ class Recipe(Section):
         return max(drawn, self.subspace.dimensions) if optimizer.exact_clients else drawn
 
     @property
-    def noise_kind(self) -> Literal["gaussian", "rademacher", "orthogonal"]:
+    def noise_kind(self) -> Literal["gaussian", "tabulated", "rademacher", "orthogonal"]:
         """The kind of direction after `auto`."""
         if self.noise.kind != "auto":
             return self.noise.kind

@@ -55,7 +55,7 @@ def _precision(count: int, n: int, kind: DirectionKind) -> float:
     """r of an estimate along so many directions."""
     if kind == "orthogonal":
         return min(1.0, count / n)
-    return count / (count + n + (1 if kind == "gaussian" else -1))
+    return count / (count + n + (-1 if kind == "rademacher" else 1))
 
 
 def usual_size(reports: Sequence[ClientReport]) -> float:

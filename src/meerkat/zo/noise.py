@@ -12,13 +12,17 @@ Formal guarantees, each with a test in `tests/unit/test_noise.py`:
 3. Two keys that differ in any field never share a counter, so their streams do not overlap.
 
 Gaussian values are Φ⁻¹ of 32-bit uniforms, by Wichura's AS 241 (PPND16) in float64, then
-rounded to float32. The largest magnitude is 6.34.
+rounded to float32. The largest magnitude is 6.34. Tabulated ones are Φ⁻¹ at the middles of 65,536
+equal parts, scaled to variance one, each drawn by 16 bits: a fifth of the time. Their largest
+magnitude is 4.32, and their fourth moment 2.999.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -36,7 +40,7 @@ __all__ = [
     "words",
 ]
 
-Kind = Literal["gaussian", "rademacher"]
+Kind = Literal["gaussian", "tabulated", "rademacher"]
 
 SHARED = 2**32 - 1
 """The client of a direction that all clients share."""
@@ -45,6 +49,10 @@ BLOCK = 8192
 """Values drawn at a time; small enough that the temporaries stay in the cache of a core."""
 
 _WORDS_PER_COUNTER = 4
+_VALUES_PER_WORD = {"gaussian": 2, "tabulated": 4, "rademacher": 64}
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_SIGNS = _BITS.astype(np.float32) * np.float32(2) - np.float32(1)
+"""The signs that the bits of a byte stand for, the lowest first."""
 _DOMAIN_NOISE, _DOMAIN_PERMUTATION = 0, 1
 """Others: 2 is the random mask's (`spaces.mask_criteria`), 3 the seed pool's (`zo.seed_pool`)."""
 
@@ -82,15 +90,17 @@ def draw(
         key.client | _DOMAIN_NOISE << 32,
     ]
     z = np.empty(n, np.float32)
-    values_per_word = 64 if kind == "rademacher" else 2
+    values_per_word = _VALUES_PER_WORD[kind]
     for low in range(0, n, BLOCK):
         count = min(BLOCK, n - low)
         raw = words(
             key.seed, coordinates, -(-count // values_per_word), (start + low) // values_per_word
         )
         if kind == "rademacher":
-            bits = np.unpackbits(raw.astype("<u8").view(np.uint8), count=count, bitorder="little")
-            z[low : low + count] = bits.astype(np.float32) * np.float32(2) - np.float32(1)
+            signs = np.take(_SIGNS, raw.astype("<u8").view(np.uint8), axis=0)
+            z[low : low + count] = signs.reshape(-1)[:count]
+        elif kind == "tabulated":
+            z[low : low + count] = np.take(_table(), raw.astype("<u8").view("<u2")[:count])
         else:
             halves = raw.astype("<u8").view("<u4")[:count]
             z[low : low + count] = _normal((halves + 0.5) * 2.0**-32)
@@ -118,11 +128,24 @@ def permutation(seed: int, coordinates: tuple[int, int], n: int) -> NDArray[np.i
 
 
 def fingerprint() -> str:
-    """What a client shows to prove that its generator yields the same noise as the server's."""
+    """What a client shows to prove that its generator yields the same noise as the server's.
+
+    Tabulated values are not in it: they are those of `_normal`, which it covers, found by integers.
+    """
     digest = hashlib.sha256()
     for kind in ("gaussian", "rademacher"):
         digest.update(draw(NoiseKey(1, 2, 3, 4, 5), 20_000, kind).astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+@cache
+def _table() -> Float32[np.ndarray, " 65536"]:
+    """Tabulated values, ascending; symmetric, so that their mean is zero."""
+    upper = _normal((np.arange(2**15, 2**16) + 0.5) * 2.0**-16)
+    upper /= math.sqrt(math.fsum((upper * upper).tolist()) / len(upper))
+    table = np.concatenate([-upper[::-1], upper]).astype(np.float32)
+    table.setflags(write=False)
+    return table
 
 
 # AS 241 (Wichura, Applied Statistics 37, 1988), PPND16, highest degree first.
