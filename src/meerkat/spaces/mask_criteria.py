@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from meerkat.config import MaskSection
@@ -18,6 +19,7 @@ __all__ = [
     "decoder_blocks",
     "eligible_parameters",
     "full_mask",
+    "largest",
     "magnitude_scores",
     "mask_size",
     "random_mask",
@@ -139,11 +141,7 @@ def top_mask(
 
 def _top(scores: Sequence[Tensor], n: int) -> list[np.ndarray]:
     """Flat indices of the n largest over several tensors, for each tensor."""
-    best = torch.empty(0)
-    for score in scores:
-        flat = score.flatten()
-        merged = torch.cat([best, flat.topk(min(n, len(flat))).values.cpu()])
-        best = merged.topk(min(n, len(merged))).values
+    best = largest(scores, n)
     threshold = best[-1].item()
     ties = n - int((best > threshold).sum())
     chosen = []
@@ -154,6 +152,21 @@ def _top(scores: Sequence[Tensor], n: int) -> list[np.ndarray]:
         above = torch.nonzero(flat > threshold).squeeze(1)
         chosen.append(torch.cat([above, equal]).sort().values.cpu().numpy())
     return chosen
+
+
+def largest(tensors: Iterable[Tensor], n: int) -> Float[Tensor, " m"]:
+    """The n largest values over all tensors, descending; all of them where there are fewer.
+
+    After the first tensors only values that are large enough to count are sorted.
+    """
+    best = torch.empty(0)
+    for tensor in tensors:
+        values = tensor.flatten()
+        if len(best) == n:
+            values = values[values > best[-1].item()]
+        merged = torch.cat([best, values.topk(min(n, len(values))).values.cpu()])
+        best = merged.topk(min(n, len(merged))).values
+    return best
 
 
 def magnitude_scores(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 
 from meerkat.config import MaskSection
+from meerkat.spaces.mask_criteria import largest
 from meerkat.spaces.mask_file import Mask
 
 __all__ = [
@@ -142,10 +143,7 @@ def concentration_of(scores: Mapping[str, Tensor], n: int) -> dict[str, float]:
         the mean score of the next 9 n.
     """
     total = sum(float(score.sum(dtype=torch.float64)) for score in scores.values())
-    best = torch.empty(0)
-    for score in scores.values():
-        merged = torch.cat([best, score.flatten().topk(min(10 * n, score.numel())).values])
-        best = merged.topk(min(10 * n, len(merged))).values
+    best = largest(scores.values(), 10 * n)
     top, rest = best[:n].double(), best[n:].double()
     ratio = float(top.mean() / rest.mean()) if len(rest) and rest.mean() > 0 else float("inf")
     return {"mass": float(top.sum()) / total if total > 0 else 1.0, "ratio": ratio}
