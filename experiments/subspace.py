@@ -19,9 +19,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
+
 import meerkat
 from meerkat.config import load_recipe
+from meerkat.data.clients import load_partition
 from meerkat.journal import Journal
+from meerkat.tasks import resolve_task
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
 SEEDS = (0, 1, 2)
@@ -58,8 +62,8 @@ MASKS = {
 }
 
 
-def arms() -> dict[str, list[str]]:
-    """Settings of each arm by its name."""
+def arms(out: Path) -> dict[str, list[str]]:
+    """Settings of each arm by its name; those that end in `-own` make B of texts of the task."""
     found = {}
     for seed in SEEDS:
         own = [f"seed={seed}", "evaluation.every=15"]
@@ -80,14 +84,34 @@ def arms() -> dict[str, list[str]]:
                 pair = [f"model.name={name}", f"task.name={task}", *every, f"seed={seed}"]
                 end = f"-s{seed}" if seed else ""
                 found[f"pairs/{model}-{task}-aligned{end}"] = pair
+                found[f"pairs/{model}-{task}-model{end}"] = [*pair, "subspace.corpus=model"]
+                own = [*pair, f"subspace.corpus={out / f'{task}.txt'}"]
+                found[f"pairs/{model}-{task}-own{end}"] = own
                 for rate in RATES:
                     settings = [*PLAIN, f"optimizer.learning_rate={rate}", *pair]
                     found[f"pairs/{model}-{task}-plain-{rate:g}{end}"] = settings
     return found
 
 
+def write_own(out: Path, task: str) -> None:
+    """Texts of a task, without labels, as clients might choose to give them: 512, drawn."""
+    path = out / f"{task}.txt"
+    if path.exists():
+        return
+    recipe = load_recipe(RECIPE, [f"task.name={task}"])
+    found = resolve_task(recipe.task)
+    split, _ = load_partition(recipe, found)
+    order = np.random.default_rng(0).permutation(len(split.train))[:512]
+    rows = (split.train[place].fields for place in order)
+    lines = (" ".join(" ".join(row[field] for field in found.fields).split()) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
 def make(out: Path, arm: str, settings: list[str]) -> None:
     directory = out / arm
+    if "-own" in arm:
+        write_own(out, re.sub(r"^pairs/[^-]+-|-own.*$", "", arm))
     if (directory / "summary.json").exists():
         return
     if (directory / "recipe.json").exists():
@@ -104,7 +128,7 @@ def evaluations(directory: Path) -> dict[int, dict[str, float]]:
 
 def made(out: Path) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
     """The arms that are there, in the order of `arms`."""
-    for arm in arms():
+    for arm in arms(out):
         if (out / arm / "recipe.json").exists():
             yield arm, evaluations(out / arm)
 
@@ -146,7 +170,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    known = arms()
+    known = arms(options.out)
     for arm in options.arm:
         if arm not in known:
             parser.error(f"arm {arm!r} is none of those that --list gives")

@@ -6,10 +6,10 @@ is not made again.
 
 Groups: `held` (held-out snippets), `pool` (snippets to train on, with label and client), `plots`
 and `speeches` (the demo's public texts), `words` (those, their words in random order), `debian`
-(descriptions of packages), `chinese` (reviews) and `clients` (snippets of no other group, as
-clients might choose to give; their labels are for the oracle alone). `products.npz` holds all inner
-products of gradients with those of public texts and of the pool, with p, the mean pre-training
-gradient, and with random directions.
+(descriptions of packages), `chinese` (reviews), `written` (by the model itself) and `clients`
+(snippets of no other group, as clients might choose to give; their labels are for the oracle
+alone). `products.npz` holds all inner products of gradients with those of public texts and of the
+pool, with p, the mean pre-training gradient, and with random directions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,20 @@ from meerkat.data.encoding import Encoded
 from meerkat.data.packing import PackedBatch
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.finding_mask import find_mask
+from meerkat.runs.written_texts import written_texts
 from meerkat.spaces.example_gradients import example_gradients
 from meerkat.tasks import Example
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.toml"
 HELD, OF_CLIENT, CLIENTS, TOGETHER = 768, 512, 4, 16
-PUBLIC = {"plots": 512, "speeches": 512, "words": 256, "debian": 256, "chinese": 256}
+PUBLIC = {
+    "plots": 512,
+    "speeches": 512,
+    "words": 256,
+    "debian": 256,
+    "chinese": 256,
+    "written": 256,
+}
 GIVEN = 512
 """Snippets that clients give without their labels."""
 FIRST_BLOCKS, SHARES = (3, 6, 9, 12, 15), (0.3, 0.1, 0.03, 0.01)
@@ -79,8 +88,11 @@ def groups(assembly: Assembly) -> dict[str, list[Encoded]]:
         "held": list(assembly.test[:HELD]),
         "pool": [e for client in clients for e in client.examples[:OF_CLIENT]],
     }
-    for name, texts in public_texts().items():
-        found[name] = [encode(Example({"text": text}, 0)) for text in texts]
+    texts = public_texts()
+    written = written_texts(assembly.loaded, assembly.task, 0)
+    texts["written"] = list(islice(written, PUBLIC["written"]))
+    for name, own in texts.items():
+        found[name] = [encode(Example({"text": text}, 0)) for text in own]
     rest = [e for client in clients for e in client.examples[OF_CLIENT:]]
     order = np.random.default_rng(6).permutation(len(rest))
     found["clients"] = [rest[place] for place in order[:GIVEN]]

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-SOURCES = ("plots", "speeches", "words", "debian", "chinese", "clients", "pool")
+SOURCES = ("plots", "speeches", "words", "debian", "chinese", "written", "clients", "pool")
 """Groups of texts, in the order of the products' columns."""
 USUAL = {"plots": 128, "speeches": 128}
 """How many texts of which source B is made from."""

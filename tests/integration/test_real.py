@@ -66,13 +66,14 @@ def test_the_demo_at_a_small_size(tmp_path: Path, kind: str, report_bytes: int) 
 
 def evaluate_plainly(folder: Path, recipe: Recipe) -> float:
     """Accuracy by transformers alone: one prompt at a time, all logits, no packing."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assembly = assemble(recipe)
+    computes_in = assembly.loaded.model.dtype
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=computes_in)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     words = [
         tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in ("terrible", "great")
     ]
     assert [len(ids) for ids in words] == [1, 1]
-    assembly = assemble(recipe)
     right = 0
     for example in assembly.split.test[: recipe.evaluation.examples]:
         ids = tokenizer(f"{example.fields['text']} It was", return_tensors="pt")

@@ -24,6 +24,14 @@ __all__ = ["TextSources", "corpus_of", "public_examples"]
 
 _SHORTEST, _LONGEST = 4, 60
 """Words of a sentence that is taken."""
+_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*|\n+")
+"""Between two sentences; Chinese and Japanese have no blank there."""
+_NO_BLANKS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+_WORD = re.compile(rf"[{_NO_BLANKS}]|[^\s{_NO_BLANKS}]+")
+"""A word; a character counts as one in scripts without blanks between words: Thai, Lao, Burmese,
+Khmer, Japanese, Chinese."""
 _POOL = 16
 """Sentences are drawn from at most this many times as many as are needed."""
 
@@ -100,6 +108,6 @@ def _written(sources: TextSources, section: SubspaceSection, needed: int) -> lis
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Sentences of a few to some dozen words."""
     for text in texts:
-        for sentence in re.split(r"(?<=[.!?。！？])\s+|\n+", text):
-            if _SHORTEST <= len(sentence.split()) <= _LONGEST:
+        for sentence in _END.split(text):
+            if _SHORTEST <= len(_WORD.findall(sentence)) <= _LONGEST:
                 yield sentence.strip()
