@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,13 @@ import pandas
 from torch import Tensor
 
 from meerkat.config import load_recipe
+from meerkat.config.sections import SubspaceSection
 from meerkat.data.demo import demo_rows, package_file, snapshot
 from meerkat.data.encoding import Encoded
 from meerkat.data.packing import PackedBatch
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.finding_mask import find_mask
-from meerkat.runs.written_texts import written_texts
+from meerkat.runs.public_texts import public_examples
 from meerkat.spaces.example_gradients import example_gradients
 from meerkat.tasks import Example
 
@@ -88,11 +88,10 @@ def groups(assembly: Assembly) -> dict[str, list[Encoded]]:
         "held": list(assembly.test[:HELD]),
         "pool": [e for client in clients for e in client.examples[:OF_CLIENT]],
     }
-    texts = public_texts()
-    written = written_texts(assembly.loaded, assembly.task, 0)
-    texts["written"] = list(islice(written, PUBLIC["written"]))
-    for name, own in texts.items():
-        found[name] = [encode(Example({"text": text}, 0)) for text in own]
+    for name, texts in public_texts().items():
+        found[name] = [encode(Example({"text": text}, 0)) for text in texts]
+    section = SubspaceSection(corpus="model", texts=PUBLIC["written"])
+    found["written"] = [encode(example) for example in public_examples(assembly, section)]
     rest = [e for client in clients for e in client.examples[OF_CLIENT:]]
     order = np.random.default_rng(6).permutation(len(rest))
     found["clients"] = [rest[place] for place in order[:GIVEN]]

@@ -20,7 +20,14 @@ from meerkat.journal import replay as replay_journal
 from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
 from meerkat.reporting.observer import ReportWriter
-from meerkat.runs.directory import journal_path, mask_of, mask_path, open_journal, recipe_of
+from meerkat.runs.directory import (
+    check_free,
+    journal_path,
+    mask_of,
+    mask_path,
+    open_journal,
+    recipe_of,
+)
 from meerkat.runs.events import Observers, RunObserver
 from meerkat.runs.execution import summary_if_complete
 from meerkat.runs.lock import locked
@@ -83,7 +90,9 @@ def calibrate(
     """
     with needed_extra("train"):
         from meerkat.runs.assembly import assemble
-    found = assemble(_recipe(recipe, overrides), progress).found_mask
+        from meerkat.runs.fit import rank_at_clients
+    assembly = assemble(_recipe(recipe, overrides), progress)
+    found = dataclasses.replace(assembly.found_mask, rank=rank_at_clients(assembly))
     if out is None:
         return found
     save_mask(found.mask, out)
@@ -159,6 +168,12 @@ def run(
     progress = progress or Progress()
     observer = _observers(observers, progress)
     if parsed.runtime.engine == "flower":
+        check_free(directory)
+        if parsed.subspace is not None:
+            with needed_extra("train"):
+                from meerkat.runs.assembly import assemble
+                from meerkat.runs.fit import fitted
+            parsed = fitted(assemble(parsed, progress)).recipe
         return _simulate(parsed, directory, observer, progress, new=True)
     with needed_extra("train"):
         from meerkat.runs.local_run import start_run

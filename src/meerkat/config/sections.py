@@ -146,6 +146,11 @@ class SubspaceSection(Section):
     """Where training starts: where the public texts prefer no answer on average (of an aligned
     subspace for a task with answers), or at the model as it was loaded. `auto` is `balanced` for
     two answers; of more, texts of one kind may well prefer one (docs/results/subspace.md)."""
+    least_rank: Annotated[float, Field(ge=0, allow_inf_nan=False), Neutral(3.0)] = 3.0
+    """Fewest directions of an aligned subspace that the clients' texts must make use of, as an
+    effective rank over 64 of them (method.md section 9); with fewer, the public texts are too
+    unlike them, and the run is made without a subspace. At most an eighth of `dimensions` is asked
+    for; 0 asks nothing. A server that has no data cannot ask."""
     renew_every: Annotated[int, Field(ge=0), Neutral(0)] = 0
     """Rounds after which an aligned subspace is made again, at the weights of then; 0 is never."""
     seed: Seed = 0

@@ -33,6 +33,7 @@ __all__ = [
     "renewed_mask",
     "renewed_mask_path",
     "summary_path",
+    "write_recipe",
 ]
 
 _RECIPE, _MASK, _JOURNAL, _SUMMARY = (
@@ -70,10 +71,7 @@ def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
     """
     check_free(directory)
     # The recipe is written first, so that a run that is killed at any moment can be resumed.
-    directory.mkdir(parents=True, exist_ok=True)
-    scratch = directory / (_RECIPE + ".part")
-    scratch.write_text(recipe.to_json(), "utf-8")
-    scratch.replace(directory / _RECIPE)
+    write_recipe(recipe, directory)
     try:
         yield
     except MeerkatError:
@@ -83,6 +81,14 @@ def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
             if not any(directory.iterdir()):
                 directory.rmdir()
         raise
+
+
+def write_recipe(recipe: Recipe, directory: Path) -> None:
+    """Write a run's recipe, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory / (_RECIPE + ".part")
+    scratch.write_text(recipe.to_json(), "utf-8")
+    scratch.replace(directory / _RECIPE)
 
 
 def journal_path(directory: Path) -> Path:

@@ -36,6 +36,8 @@ class FoundMask:
 
     mask: Mask
     path: Path | None = None
+    rank: float | None = None
+    """How many directions of its subspace the clients' texts make use of, where that was asked."""
 
 
 class Sources(Protocol):

@@ -35,7 +35,7 @@ from meerkat.tasks import Task
 from meerkat.transport.handshake import same_probe
 from meerkat.zo.noise import NoiseKey, draw
 
-__all__ = ["find_subspace", "renewed_subspace"]
+__all__ = ["find_subspace", "renewed_subspace", "slopes_along"]
 
 _METHOD = 4
 """Raised when the same settings give other bits than before, so that what is cached is not used."""
@@ -100,6 +100,20 @@ def renewed_subspace(
         space.restore()
     about = dict(found.about) | {"settings": settings_of(section)}
     return replace(mask, subspace=replace(found, base=weights, about=about))
+
+
+def slopes_along(
+    sources: _Sources, mask: Mask, section: SubspaceSection, encoded: Sequence[Encoded]
+) -> Float64[np.ndarray, "N k"]:
+    """Slope along each direction of a mask's subspace of what was differentiated to make it, for
+    other texts; no label takes part."""
+    assert mask.subspace is not None, "slopes along the directions of a subspace"
+    scheme = _scheme(section, len(sources.task.verbalizers))
+    if not sources.task.has_classes:
+        encoded = _with_answers(sources, encoded, section)
+    sources.progress.start("Comparing texts", len(encoded))
+    scores = _score_gradients(sources, encoded, mask, scheme, section.seed)
+    return np.asarray(scores @ mask.subspace.basis.T, np.float64)
 
 
 def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:

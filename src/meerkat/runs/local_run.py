@@ -17,12 +17,13 @@ from meerkat.journal import Journal
 from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
 from meerkat.runs.assembly import Assembly, assemble
-from meerkat.runs.directory import claimed, journal_path, mask_path, recipe_of
+from meerkat.runs.directory import claimed, journal_path, mask_path, recipe_of, write_recipe
 from meerkat.runs.driver import Evaluator
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
 from meerkat.runs.finding_subspace import renewed_subspace
+from meerkat.runs.fit import fitted
 from meerkat.runs.lock import locked
 from meerkat.spaces.linear import space_of
 from meerkat.spaces.mask_file import Mask, save_mask
@@ -42,7 +43,7 @@ def start_run(
         MeerkatError: See `assembly.assemble` and `driver.train`.
     """
     with locked(directory), claimed(directory, recipe):
-        return _execute(assemble(recipe, progress), directory, observer, progress)
+        return _execute(_fitted(recipe, directory, progress), directory, observer, progress)
 
 
 def resume_run(
@@ -72,8 +73,19 @@ def _resume(
     # A run that has begun has a mask of its own: the file or cache that it came from may be gone.
     own = mask_path(directory)
     begun = Journal.exists(journal_path(directory)) and own.exists()
-    assembly = assemble(recipe, progress, mask_file=own if begun else None)
+    if begun:
+        assembly = assemble(recipe, progress, mask_file=own)
+    else:
+        assembly = _fitted(recipe, directory, progress)
     return _execute(assembly, directory, observer, progress)
+
+
+def _fitted(recipe: Recipe, directory: Path, progress: Progress) -> Assembly:
+    """What a run begins with; where that is not the recipe's subspace, it is written down."""
+    assembly = fitted(assemble(recipe, progress))
+    if assembly.recipe != recipe:
+        write_recipe(assembly.recipe, directory)
+    return assembly
 
 
 def _execute(

@@ -142,9 +142,12 @@ def check_subspace(found: Subspace | None, section: SubspaceSection | None, task
 
 
 def settings_of(section: SubspaceSection) -> str:
-    """A section as the text that a subspace made with it carries; when it is renewed is no part."""
+    """A section as the text that a subspace made with it carries.
+
+    Whether it is used, and when it is renewed, is no part of that.
+    """
     dumped = without_neutral(
-        type(section), section.model_dump(mode="json", exclude={"renew_every"})
+        type(section), section.model_dump(mode="json", exclude={"least_rank", "renew_every"})
     )
     return json.dumps(dumped, sort_keys=True)
 

@@ -1,0 +1,201 @@
+"""Whether a subspace fits the clients' texts, and what a run does where it does not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import merged
+from commands import invoke
+from hypothesis import given
+from hypothesis import strategies as st
+
+import meerkat
+from meerkat import api
+from meerkat.config import Recipe, parse_recipe
+from meerkat.errors import RunError
+from meerkat.runs import fit
+from meerkat.runs.assembly import Assembly, assemble
+from meerkat.runs.finding_subspace import slopes_along
+from meerkat.runs.public_texts import public_examples
+
+SUBSPACE = {"dimensions": 16, "texts": 40}
+
+
+@pytest.fixture
+def data(tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path) -> dict[str, Any]:
+    corpus = shutil.copy(sentences_file, tmp_path / "sentences.txt")
+    return merged(tiny_recipe_data, subspace={**SUBSPACE, "corpus": str(corpus)})
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 99), st.floats(0.1, 10))
+def test_effective_rank(k: int, texts: int, seed: int, scale: float) -> None:
+    """Between one and the number of directions; neither scale nor a rotation changes it."""
+    draw = np.random.default_rng(seed)
+    slopes = draw.standard_normal((texts, k))
+    rank = fit.effective_rank(slopes)
+    assert 1 - 1e-9 <= rank <= min(k, texts) + 1e-9
+    turn, _ = np.linalg.qr(draw.standard_normal((k, k)))
+    assert fit.effective_rank(scale * slopes @ turn) == pytest.approx(rank)
+    covariance = slopes.T @ slopes
+    expected = np.trace(covariance) ** 2 / np.trace(covariance @ covariance)
+    assert rank == pytest.approx(expected)
+
+
+def test_texts_of_the_subspace_use_all_of_it(data: dict[str, Any]) -> None:
+    """Those that B is made of have curvature one along every direction."""
+    recipe = parse_recipe(data)
+    found = assemble(recipe)
+    section = recipe.subspace
+    assert section is not None
+    own = [found.encoder.encode(example) for example in public_examples(found, section)]
+    slopes = slopes_along(found, found.found_mask.mask, section, own)
+    assert fit.effective_rank(slopes) == pytest.approx(16, rel=0.02)
+    rank = fit.rank_at_clients(found)
+    assert rank is not None
+    assert 1 < rank < 16
+
+
+def test_labels_take_no_part(data: dict[str, Any]) -> None:
+    found = assemble(parse_recipe(data))
+    rank = fit.rank_at_clients(found)
+    for example in found.split.train:
+        object.__setattr__(example, "label", 1 - example.label)
+    assert fit.rank_at_clients(found) == rank
+
+
+def test_a_run_without_a_subspace_that_does_not_fit(
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is the run of a recipe without one, and says so."""
+    monkeypatch.setattr(fit, "rank_at_clients", lambda assembly: 1.4)
+    data = merged(data, federation={"rounds": 2})
+    with caplog.at_level(logging.WARNING):
+        found = meerkat.run(parse_recipe(data), tmp_path / "run", observers=())
+    assert "make use of 1.4 directions" in caplog.text
+    assert "subspace.corpus" in caplog.text
+    plain = parse_recipe(merged(data, subspace={"kind": "none"}))
+    expected = meerkat.run(plain, tmp_path / "plain", observers=())
+    assert found["state_digest"] == expected["state_digest"]
+    assert found["fingerprint"] == expected["fingerprint"] == plain.fingerprint
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["subspace"] is None
+    assert meerkat.replay(tmp_path / "run").digest == expected["state_digest"]
+
+
+def test_flowers_simulation_asks_as_well(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "rank_at_clients", lambda assembly: 1.4)
+    given: list[Recipe] = []
+
+    def simulate(recipe: Recipe, *others: Any, **named: Any) -> dict[str, Any]:
+        given.append(recipe)
+        return {}
+
+    monkeypatch.setattr(api, "_simulate", simulate)
+    recipe = parse_recipe(merged(data, runtime={"engine": "flower"}))
+    meerkat.run(recipe, tmp_path / "run", observers=())
+    assert given == [recipe.without_subspace]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.json").write_text(recipe.to_json())
+    with pytest.raises(RunError, match="run"):
+        meerkat.run(recipe, tmp_path / "run", observers=())
+
+
+def test_the_step_of_a_subspace_goes_with_it(data: dict[str, Any]) -> None:
+    """What a recipe leaves out means the same with and without; what it gives stays."""
+    for optimizer in ({}, {"learning_rate": 0.01}):
+        bare = merged(data, federation={"batch_size": None}, optimizer=None)
+        del bare["federation"]["batch_size"]
+        bare["optimizer"] = optimizer
+        recipe = parse_recipe(bare)
+        assert (recipe.federation.batch_size, recipe.noise.perturbations) == (4, 7)
+        plain = parse_recipe(merged(bare, subspace={"kind": "none"}))
+        assert recipe.without_subspace == plain
+    given = parse_recipe(merged(data, noise={"perturbations": 3}, federation={"batch_size": 5}))
+    kept = given.without_subspace
+    assert (kept.federation.batch_size, kept.noise.perturbations) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rank", "fits"),
+    [
+        ({}, 2.1, True),  # an eighth of 16 is asked for
+        ({}, 1.9, False),
+        ({"least_rank": 1.5}, 1.6, True),
+        ({"least_rank": 1.5}, 1.4, False),
+        ({"least_rank": 0}, 1.0, True),
+        ({"dimensions": 8}, 1.0, True),  # too few to tell
+        ({"kind": "random"}, 1.0, True),
+    ],
+)
+def test_what_is_asked_for(
+    data: dict[str, Any],
+    changes: dict[str, Any],
+    rank: float,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit, "effective_rank", lambda slopes: rank)
+    recipe = parse_recipe(merged(data, subspace=changes))
+    assert (fit.fitted(assemble(recipe)).recipe == recipe) == fits
+
+
+def test_a_mask_file_is_taken_as_it_is(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meerkat.calibrate(parse_recipe(data), tmp_path / "mask.safetensors")
+
+    def refuse(assembly: Assembly) -> float:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(fit, "rank_at_clients", refuse)
+    recipe = parse_recipe(merged(data, mask={"file": str(tmp_path / "mask.safetensors")}))
+    assert fit.fitted(assemble(recipe)).recipe == recipe
+
+
+class _KilledError(BaseException):
+    """A run that ends before it has begun."""
+
+
+def test_a_run_that_was_killed_before_it_began_asks_again(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(assembly: Assembly) -> float:
+        raise _KilledError
+
+    recipe = parse_recipe(merged(data, federation={"rounds": 2}))
+    monkeypatch.setattr(fit, "rank_at_clients", kill)
+    with pytest.raises(_KilledError):
+        meerkat.run(recipe, tmp_path / "run", observers=())
+    monkeypatch.setattr(fit, "rank_at_clients", lambda assembly: 1.0)
+    found = meerkat.resume(tmp_path / "run", observers=())
+    assert found["fingerprint"] == recipe.without_subspace.fingerprint
+    again = meerkat.resume(tmp_path / "run", observers=())
+    assert again["state_digest"] == found["state_digest"]
+
+
+def test_it_is_no_part_of_what_a_run_is(data: dict[str, Any]) -> None:
+    def made(least: float) -> Recipe:
+        return parse_recipe(merged(data, subspace={"least_rank": least}))
+
+    assert made(3.0).fingerprint == parse_recipe(data).fingerprint
+    masks = [assemble(made(least)).found_mask for least in (3.0, 0.0)]
+    assert masks[0].path == masks[1].path
+    assert masks[0].mask.fingerprint == masks[1].mask.fingerprint
+
+
+def test_calibrate_says_how_much_is_used(data: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text(parse_recipe(data).to_json())
+    done = invoke("calibrate", path)
+    assert done.exit_code == 0, done.output
+    assert "the clients' texts make use of" in done.output
