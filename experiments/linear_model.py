@@ -3,6 +3,8 @@
     python experiments/linear_model.py features runs/linear       # gradients: an hour, once
     python experiments/linear_model.py table texts runs/linear    # one table
     python experiments/linear_model.py table all runs/linear
+    python experiments/linear_model.py features runs/chinese --small --set task.name=chinese_reviews
+    python experiments/linear_model.py table language runs/chinese
 
 The tables are in docs/results/subspace.md. It is no run of the method: no model is asked once the
 gradients at the initial weights are there. Each line has mean and standard deviation of the
@@ -24,7 +26,7 @@ from linear import (
     tables_subspace,
     tables_texts,
 )
-from linear.features import make_features
+from linear.features import FULL, SMALL, make_features
 
 MODULES = (tables_texts, tables_subspace, tables_steps, tables_federation, tables_reach)
 TABLES: dict[str, Callable[[Path], None]] = {
@@ -37,13 +39,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     features = commands.add_parser("features")
     features.add_argument("out", type=Path)
+    features.add_argument("--small", action="store_true", help="a third of the examples")
     features.add_argument("--set", action="append", default=[], dest="changes")
     table = commands.add_parser("table")
     table.add_argument("name", choices=["all", *TABLES])
     table.add_argument("out", type=Path)
     options = parser.parse_args()
     if options.command == "features":
-        make_features(options.out, options.changes)
+        make_features(options.out, options.changes, SMALL if options.small else FULL)
         return
     for name in TABLES if options.name == "all" else (options.name,):
         print(f"## {name}: {(TABLES[name].__doc__ or '').strip()}", flush=True)

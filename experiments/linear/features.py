@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +36,32 @@ from meerkat.spaces.example_gradients import example_gradients
 from meerkat.tasks import Example
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "demo.toml"
-HELD, OF_CLIENT, CLIENTS, TOGETHER = 768, 512, 4, 16
-PUBLIC = {
-    "plots": 512,
-    "speeches": 512,
-    "words": 256,
-    "debian": 256,
-    "chinese": 256,
-    "written": 256,
-}
-GIVEN = 512
-"""Snippets that clients give without their labels."""
+TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many examples of each group; the first ones of a group are the same whatever its size."""
+
+    held: int
+    of_client: int
+    given: int
+    """Snippets that clients give without their labels."""
+    public: Mapping[str, int]
+
+
+FULL = Sizes(
+    768,
+    512,
+    512,
+    {"plots": 512, "speeches": 512, "words": 256, "debian": 256, "chinese": 256, "written": 256},
+)
+SMALL = Sizes(
+    512,
+    192,
+    256,
+    {"plots": 128, "speeches": 128, "words": 64, "debian": 64, "chinese": 256, "written": 256},
+)
 FIRST_BLOCKS, SHARES = (3, 6, 9, 12, 15), (0.3, 0.1, 0.03, 0.01)
 """Of `supports`: where the masked coordinates begin, of 18 blocks, and how many of them."""
 RANDOM = 512
@@ -80,21 +96,22 @@ def public_texts() -> dict[str, list[str]]:
     return found
 
 
-def groups(assembly: Assembly) -> dict[str, list[Encoded]]:
+def groups(assembly: Assembly, sizes: Sizes) -> dict[str, list[Encoded]]:
     """Examples of each group."""
     encode = assembly.encoder.encode
     clients = assembly.clients()
     found = {
-        "held": list(assembly.test[:HELD]),
-        "pool": [e for client in clients for e in client.examples[:OF_CLIENT]],
+        "held": list(assembly.test[: sizes.held]),
+        "pool": [e for client in clients for e in client.examples[: sizes.of_client]],
     }
     for name, texts in public_texts().items():
-        found[name] = [encode(Example({"text": text}, 0)) for text in texts]
-    section = SubspaceSection(corpus="model", texts=PUBLIC["written"])
+        chosen = texts[: sizes.public[name]]
+        found[name] = [encode(Example({"text": text}, 0)) for text in chosen]
+    section = SubspaceSection(corpus="model", texts=sizes.public["written"])
     found["written"] = [encode(example) for example in public_examples(assembly, section)]
-    rest = [e for client in clients for e in client.examples[OF_CLIENT:]]
+    rest = [e for client in clients for e in client.examples[sizes.of_client :]]
     order = np.random.default_rng(6).permutation(len(rest))
-    found["clients"] = [rest[place] for place in order[:GIVEN]]
+    found["clients"] = [rest[place] for place in order[: sizes.given]]
     return found
 
 
@@ -114,12 +131,12 @@ def gradients(assembly: Assembly, examples: Sequence[Encoded]) -> tuple[np.ndarr
     return np.concatenate(rows), np.concatenate(found)
 
 
-def make_features(out: Path, changes: Sequence[str] = ()) -> None:
+def make_features(out: Path, changes: Sequence[str] = (), sizes: Sizes = FULL) -> None:
     """Write the groups that are not there yet, then all products."""
     recipe = load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none", *changes])
     assembly = assemble(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    for name, examples in groups(assembly).items():
+    for name, examples in groups(assembly, sizes).items():
         path = out / f"{name}.npz"
         if not path.exists():
             rows, scores = gradients(assembly, examples)
@@ -142,7 +159,7 @@ def write_products(
         to: Folder for `products.npz`, if not that of the groups.
         kept: Coordinates that may move, if not all masked ones.
     """
-    sources = (*PUBLIC, "clients", "pool")
+    sources = (*FULL.public, "clients", "pool")
     kept = np.arange(len(p)) if kept is None else kept
     p = p[kept]
 

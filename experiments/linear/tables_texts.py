@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from .directions import Arm
-from .training import BOTH, EXACT, SEEDS, best, line, runs
+from .training import BOTH, EXACT, LONG, SEEDS, best, line, runs
 from .world import SOURCES, Kind, World
 
-PUBLIC = tuple(source for source in SOURCES if source != "pool")
+PUBLIC = tuple(source for source in SOURCES if source not in ("pool", "written"))
 CORPORA: list[tuple[str, dict[str, int]]] = [
     *((f"{n} plots, {n} speeches", {"plots": n, "speeches": n}) for n in (16, 32, 64, 128, 256)),
     ("512 plots, 512 speeches", {"plots": 512, "speeches": 512}),
@@ -76,4 +77,32 @@ def _ranked(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
 
 
-TABLES = {"texts": texts, "signs": signs}
+def language(out: Path) -> None:
+    """Texts in the language of the clients', in another, and those that the model writes."""
+    corpora: dict[str, dict[str, int]] = {
+        "128 plots, 128 speeches": {"plots": 128, "speeches": 128},
+        "256 in Chinese": {"chinese": 256},
+        "256 that the model writes": {"written": 256},
+        "256 of clients": {"clients": 256},
+        "64 plots, 64 speeches, 128 in Chinese": {"plots": 64, "speeches": 64, "chinese": 128},
+        "64 plots, 64 speeches, 128 that the model writes": {
+            "plots": 64,
+            "speeches": 64,
+            "written": 128,
+        },
+    }
+    for name, chosen in corpora.items():
+        world = World(out, 32, chosen)
+        rank = world.statistics()["effective rank at clients"]
+        start = world.held.accuracy(world.balanced)
+        print(f"  {name}: effective rank at clients {rank:.2f}, before any round {start:.3f}")
+        for label, arm in BOTH:
+            for factor in (0.25, 0.5, 1.0):
+                tried = replace(arm, factor=factor)
+                line(f"{name}, {label}, {factor:g} η", world, tried)
+    for label, arm in BOTH:
+        random = World(out, 32, kind="random")
+        best(f"random directions, w = 0, {label}", random, replace(arm, loaded=True), LONG)
+
+
+TABLES = {"texts": texts, "signs": signs, "language": language}
