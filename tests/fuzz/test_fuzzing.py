@@ -1312,10 +1312,13 @@ def test_invitations_and_nodes_round_trip(invitation: Invitation, config: Config
 def test_recipes_round_trip(text: str) -> None:
     sent = parse_recipe(json.loads(text))
     found = NodeConfig(0, most_tokens=2**20).recipe(sent.to_json())
-    threads = min(sent.runtime.threads, os.cpu_count() or 1)
-    assert found == sent.model_copy(
-        update={"runtime": sent.runtime.model_copy(update={"cache_dir": None, "threads": threads})}
-    )
+    own = {
+        "cache_dir": None,
+        "threads": min(sent.runtime.threads, os.cpu_count() or 1),
+        "prefix_cache": min(sent.runtime.prefix_cache, 256),
+        "prefix_disk": 0,
+    }
+    assert found == sent.model_copy(update={"runtime": sent.runtime.model_copy(update=own)})
     assert found.fingerprint == sent.fingerprint
 
 

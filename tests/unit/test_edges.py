@@ -188,10 +188,16 @@ def test_sizes_that_a_server_asks_for_are_bounded() -> None:
     large = {**BASE, "federation": {**BASE["federation"], "batch_size": 10**9}}
     with pytest.raises(RecipeError, match=r"federation.batch_size = 1000000000 is more than .*512"):
         node.recipe(json.dumps(large))
-    runtime = {"threads": 10**6, "tokens_per_pass": 10**9}
+    runtime = {
+        "threads": 10**6,
+        "tokens_per_pass": 10**9,
+        "prefix_cache": 10**9,
+        "prefix_disk": 10**9,
+    }
     found = node.recipe(json.dumps({**BASE, "runtime": runtime})).runtime
     assert found.threads <= (os.cpu_count() or 1)
     assert found.tokens_per_pass == 512
+    assert (found.prefix_cache, found.prefix_disk) == (256, 0)
 
 
 def test_the_demo_needs_no_permission() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from meerkat.config import Recipe, parse_recipe
+from meerkat.config import Recipe, Runtime, parse_recipe
 from meerkat.errors import ProtocolError, RecipeError
 from meerkat.models.demo_models import DEMO
 
@@ -117,7 +117,13 @@ class NodeConfig:
         # Paths on the server's machine are of no use on this one.
         tokens = min(recipe.runtime.tokens_per_pass, self.most_tokens)
         threads = min(recipe.runtime.threads, os.cpu_count() or 1)
-        update = {"cache_dir": None, "tokens_per_pass": tokens, "threads": threads}
+        update = {
+            "cache_dir": None,
+            "tokens_per_pass": tokens,
+            "threads": threads,
+            "prefix_cache": min(recipe.runtime.prefix_cache, Runtime().prefix_cache),
+            "prefix_disk": 0,  # activations of a client's examples stay in its memory
+        }
         runtime = recipe.runtime.model_copy(update=update)
         if self.device is not None:
             runtime = runtime.model_copy(update={"device": self.device})
