@@ -90,9 +90,9 @@ def calibrate(
     """
     with needed_extra("train"):
         from meerkat.runs.assembly import assemble
-        from meerkat.runs.fit import rank_at_clients
+        from meerkat.runs.fit import fit_of
     assembly = assemble(_recipe(recipe, overrides), progress)
-    found = dataclasses.replace(assembly.found_mask, rank=rank_at_clients(assembly))
+    found = dataclasses.replace(assembly.found_mask, fit=fit_of(assembly))
     if out is None:
         return found
     save_mask(found.mask, out)

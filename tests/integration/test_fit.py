@@ -21,6 +21,7 @@ from meerkat.config import Recipe, parse_recipe
 from meerkat.errors import RunError
 from meerkat.runs import fit
 from meerkat.runs.assembly import Assembly, assemble
+from meerkat.runs.finding_mask import Fit
 from meerkat.runs.finding_subspace import slopes_along
 from meerkat.runs.public_texts import public_examples
 
@@ -56,17 +57,36 @@ def test_texts_of_the_subspace_use_all_of_it(data: dict[str, Any]) -> None:
     own = [found.encoder.encode(example) for example in public_examples(found, section)]
     slopes = slopes_along(found, found.found_mask.mask, section, own)
     assert fit.effective_rank(slopes) == pytest.approx(16, rel=0.02)
-    rank = fit.rank_at_clients(found)
-    assert rank is not None
-    assert 1 < rank < 16
+    assert 1 < rank_of(found) < 16
+
+
+def rank_of(found: Assembly) -> float:
+    measured = fit.fit_of(found)
+    assert measured is not None
+    return measured.rank
+
+
+def test_spread_of_scores_of_the_model(data: dict[str, Any]) -> None:
+    """Of two answers it is the spread of the difference; a scale of all scores is its scale."""
+    found = assemble(parse_recipe(data))
+    measured = fit.fit_of(found)
+    assert measured is not None
+    examples = [found.split.train[place] for place in range(len(found.split.train))]
+    encoded = [found.encoder.encode(example) for example in examples]
+    scores = fit._scores(found.objective, encoded)
+    assert fit.spread_of(scores) == pytest.approx(np.std(scores[:, 1] - scores[:, 0]))
+    assert measured.spread == pytest.approx(fit.spread_of(scores), rel=0.5)
+    four = np.random.default_rng(0).standard_normal((5000, 4))
+    assert fit.spread_of(3 * four) == pytest.approx(3 * np.sqrt(2), rel=0.03)
+    assert fit.spread_of(four + 9 * four[:, :1]) == pytest.approx(fit.spread_of(four))
 
 
 def test_labels_take_no_part(data: dict[str, Any]) -> None:
     found = assemble(parse_recipe(data))
-    rank = fit.rank_at_clients(found)
+    rank = rank_of(found)
     for example in found.split.train:
         object.__setattr__(example, "label", 1 - example.label)
-    assert fit.rank_at_clients(found) == rank
+    assert rank_of(found) == rank
 
 
 def test_a_run_without_a_subspace_that_does_not_fit(
@@ -76,7 +96,7 @@ def test_a_run_without_a_subspace_that_does_not_fit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It is the run of a recipe without one, and says so."""
-    monkeypatch.setattr(fit, "rank_at_clients", lambda assembly: 1.4)
+    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(1.4, 2.0))
     data = merged(data, federation={"rounds": 2})
     with caplog.at_level(logging.WARNING):
         found = meerkat.run(parse_recipe(data), tmp_path / "run", observers=())
@@ -93,7 +113,7 @@ def test_a_run_without_a_subspace_that_does_not_fit(
 def test_flowers_simulation_asks_as_well(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "rank_at_clients", lambda assembly: 1.4)
+    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(1.4, 2.0))
     given: list[Recipe] = []
 
     def simulate(recipe: Recipe, *others: Any, **named: Any) -> dict[str, Any]:
@@ -126,25 +146,30 @@ def test_the_step_of_a_subspace_goes_with_it(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "rank", "fits"),
+    ("changes", "rank", "spread", "fits"),
     [
-        ({}, 2.1, True),  # an eighth of 16 is asked for
-        ({}, 1.9, False),
-        ({"least_rank": 1.5}, 1.6, True),
-        ({"least_rank": 1.5}, 1.4, False),
-        ({"least_rank": 0}, 1.0, True),
-        ({"dimensions": 8}, 1.0, True),  # too few to tell
-        ({"kind": "random"}, 1.0, True),
+        ({}, 2.1, 1.1, True),  # an eighth of 16 is asked for
+        ({}, 1.9, 1.1, False),
+        ({}, 2.1, 0.9, False),
+        ({"least_spread": 0.5}, 2.1, 0.9, True),
+        ({"least_rank": 1.5}, 1.6, 1.1, True),
+        ({"least_rank": 1.5}, 1.4, 1.1, False),
+        ({"least_rank": 0}, 1.0, 1.1, True),
+        ({"least_rank": 0, "least_spread": 0}, 1.0, 0.1, True),
+        ({"dimensions": 8}, 1.0, 0.1, True),  # too few to tell
+        ({"kind": "random"}, 1.0, 0.1, True),
     ],
 )
 def test_what_is_asked_for(
     data: dict[str, Any],
     changes: dict[str, Any],
     rank: float,
+    spread: float,
     fits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fit, "effective_rank", lambda slopes: rank)
+    monkeypatch.setattr(fit, "spread_of", lambda scores: spread)
     recipe = parse_recipe(merged(data, subspace=changes))
     assert (fit.fitted(assemble(recipe)).recipe == recipe) == fits
 
@@ -154,10 +179,10 @@ def test_a_mask_file_is_taken_as_it_is(
 ) -> None:
     meerkat.calibrate(parse_recipe(data), tmp_path / "mask.safetensors")
 
-    def refuse(assembly: Assembly) -> float:
+    def refuse(assembly: Assembly) -> Fit:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(fit, "rank_at_clients", refuse)
+    monkeypatch.setattr(fit, "fit_of", refuse)
     recipe = parse_recipe(merged(data, mask={"file": str(tmp_path / "mask.safetensors")}))
     assert fit.fitted(assemble(recipe)).recipe == recipe
 
@@ -169,14 +194,14 @@ class _KilledError(BaseException):
 def test_a_run_that_was_killed_before_it_began_asks_again(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(assembly: Assembly) -> float:
+    def kill(assembly: Assembly) -> Fit:
         raise _KilledError
 
     recipe = parse_recipe(merged(data, federation={"rounds": 2}))
-    monkeypatch.setattr(fit, "rank_at_clients", kill)
+    monkeypatch.setattr(fit, "fit_of", kill)
     with pytest.raises(_KilledError):
         meerkat.run(recipe, tmp_path / "run", observers=())
-    monkeypatch.setattr(fit, "rank_at_clients", lambda assembly: 1.0)
+    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(1.0, 2.0))
     found = meerkat.resume(tmp_path / "run", observers=())
     assert found["fingerprint"] == recipe.without_subspace.fingerprint
     again = meerkat.resume(tmp_path / "run", observers=())
@@ -188,6 +213,7 @@ def test_it_is_no_part_of_what_a_run_is(data: dict[str, Any]) -> None:
         return parse_recipe(merged(data, subspace={"least_rank": least}))
 
     assert made(3.0).fingerprint == parse_recipe(data).fingerprint
+    assert parse_recipe(merged(data, subspace={"least_spread": 1.0})) == parse_recipe(data)
     masks = [assemble(made(least)).found_mask for least in (3.0, 0.0)]
     assert masks[0].path == masks[1].path
     assert masks[0].mask.fingerprint == masks[1].mask.fingerprint

@@ -148,9 +148,14 @@ class SubspaceSection(Section):
     two answers; of more, texts of one kind may well prefer one (docs/results/subspace.md)."""
     least_rank: Annotated[float, Field(ge=0, allow_inf_nan=False), Neutral(3.0)] = 3.0
     """Fewest directions of an aligned subspace that the clients' texts must make use of, as an
-    effective rank over 64 of them (method.md section 9); with fewer, the public texts are too
-    unlike them, and the run is made without a subspace. At most an eighth of `dimensions` is asked
-    for; 0 asks nothing. A server that has no data cannot ask."""
+    effective rank over 64 of them; at most an eighth of `dimensions` is asked for. With fewer the
+    public texts are too unlike them, and the run is made without a subspace (method.md section 9).
+    A server that has no data cannot ask."""
+    least_spread: Annotated[float, Field(ge=0, allow_inf_nan=False), Neutral(1.0)] = 1.0
+    """Least spread of the answers' scores over the same texts, a standard deviation. Where it is
+    less, a step along directions that change scores by one goes beyond what the model's answers
+    differ by, and the run is made without a subspace. With `dimensions` up to 8 neither is asked;
+    0 asks nothing."""
     renew_every: Annotated[int, Field(ge=0), Neutral(0)] = 0
     """Rounds after which an aligned subspace is made again, at the weights of then; 0 is never."""
     seed: Seed = 0

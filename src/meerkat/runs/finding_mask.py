@@ -27,7 +27,17 @@ from meerkat.spaces.mask_file import Mask, load_mask, save_mask
 from meerkat.spaces.sensitivity import concentration_of, gradient_at, sensitivity_scores
 from meerkat.transport.handshake import same_probe
 
-__all__ = ["FoundMask", "Sources", "find_mask"]
+__all__ = ["Fit", "FoundMask", "Sources", "find_mask"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the clients' texts, without labels, say of an aligned subspace (Eq. 22)."""
+
+    rank: float
+    """How many of its directions they make use of."""
+    spread: float | None
+    """Standard deviation of the answers' scores over them; None for free text."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class FoundMask:
 
     mask: Mask
     path: Path | None = None
-    rank: float | None = None
-    """How many directions of its subspace the clients' texts make use of, where that was asked."""
+    fit: Fit | None = None
+    """How its subspace fits the clients' texts, where that was asked."""
 
 
 class Sources(Protocol):

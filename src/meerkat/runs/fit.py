@@ -1,26 +1,37 @@
 """Does a subspace fit the clients' data? Asked before training, of their texts without labels.
 
-The scores of the public texts have curvature one along every direction of an aligned subspace. Of
-texts of another kind or language, most of the curvature may lie along two or three: gradients are
-then mostly noise along these, and the model gets worse (docs/results/subspace.md).
+The scores of the public texts have curvature one along every direction of an aligned subspace, so a
+step changes scores by about one. That is no good measure in two cases (docs/results/subspace.md):
+
+- Of texts of another kind or language most of the curvature may lie along two or three directions.
+- Where the model's own scores differ by less from text to text, such a step leaves the region in
+  which they are linear in w.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 from jaxtyping import Float64
 
 from meerkat.config.sections import SubspaceSection
+from meerkat.data.encoding import Encoded
+from meerkat.models.objective import TextObjective
 from meerkat.runs.assembly import Assembly
+from meerkat.runs.finding_mask import Fit
 from meerkat.runs.finding_subspace import slopes_along
 from meerkat.zo.noise import permutation
 
-__all__ = ["effective_rank", "fitted", "rank_at_clients"]
+__all__ = ["effective_rank", "fit_of", "fitted", "spread_of"]
 
 _EXAMPLES = 64
+_TOGETHER = 16
+"""Examples of one pass."""
 _MOST_ASKED = 8
 """At most k by this is asked for: few directions cannot tell."""
 
@@ -38,19 +49,44 @@ def effective_rank(slopes: Float64[np.ndarray, "N k"]) -> float:
     return total**2 / float(np.sum(products**2)) if total > 0 else 0.0
 
 
-def rank_at_clients(assembly: Assembly) -> float | None:
-    """Effective rank of the clients' texts in the recipe's aligned subspace.
+def spread_of(scores: Float64[np.ndarray, "N A"]) -> float:
+    """Standard deviation over N texts of the scores of A answers, each less their mean (Eq. 23).
 
-    None where `subspace.least_rank` asks for none, or the subspace is another.
+    With two answers it is that of the difference of their scores.
+
+    >>> spread_of(np.array([[0.0, 1.0], [0.0, 3.0]]))
+    1.0
     """
+    centred = scores - scores.mean(axis=1, keepdims=True)
+    return math.sqrt(2 * float(centred.var(axis=0).sum()) / (scores.shape[1] - 1))
+
+
+def fit_of(assembly: Assembly) -> Fit | None:
+    """How the recipe's aligned subspace fits 64 texts of the clients; None where nobody asks."""
     section = assembly.recipe.subspace
-    if section is None or section.kind != "aligned" or _asked(section) <= 1:
+    if section is None or section.kind != "aligned" or section.dimensions <= _MOST_ASKED:
+        return None
+    if not section.least_rank and not section.least_spread:
         return None
     held = sorted(place for part in assembly.parts for place in part)
     chosen = permutation(section.seed, (2, 3), len(held))[:_EXAMPLES]
     examples = [assembly.split.train[held[place]] for place in chosen]
     encoded = [assembly.encoder.encode(example) for example in examples]
-    return effective_rank(slopes_along(assembly, assembly.found_mask.mask, section, encoded))
+    rank = effective_rank(slopes_along(assembly, assembly.found_mask.mask, section, encoded))
+    spread = None
+    if assembly.task.has_classes:
+        spread = spread_of(_scores(assembly.objective, encoded))
+    return Fit(rank, spread)
+
+
+@torch.inference_mode()
+def _scores(objective: TextObjective, encoded: Sequence[Encoded]) -> Float64[np.ndarray, "N A"]:
+    found = [
+        objective.scores(batch.to(objective.device))
+        for begin in range(0, len(encoded), _TOGETHER)
+        for batch in objective.packs(encoded[begin : begin + _TOGETHER])
+    ]
+    return torch.cat(found).double().cpu().numpy()
 
 
 def fitted(assembly: Assembly) -> Assembly:
@@ -61,18 +97,27 @@ def fitted(assembly: Assembly) -> Assembly:
     section, given = assembly.recipe.subspace, assembly.mask_file or assembly.recipe.mask.file
     if section is None or given is not None:
         return assembly
-    rank = rank_at_clients(assembly)
-    if rank is None or rank >= _asked(section):
+    fit = fit_of(assembly)
+    reason = None if fit is None else _misfit(fit, section)
+    if reason is None:
         return assembly
-    _logger.warning(
-        "the clients' texts make use of %.1f directions of the subspace, and %.1f are asked for "
-        "(subspace.least_rank): the public texts are too unlike them. The run is made without a "
-        "subspace; with subspace.corpus = texts like theirs, or 'model', it may have one",
-        rank,
-        _asked(section),
-    )
+    _logger.warning("%s. The run is made without a subspace", reason)
     return replace(assembly, recipe=assembly.recipe.without_subspace)
 
 
-def _asked(section: SubspaceSection) -> float:
-    return min(section.least_rank, section.dimensions / _MOST_ASKED)
+def _misfit(fit: Fit, section: SubspaceSection) -> str | None:
+    """What a subspace lacks, with the field that asks for it."""
+    if fit.spread is not None and fit.spread < section.least_spread:
+        return (
+            f"the answers' scores spread by {fit.spread:.2f} over the clients' texts, less than "
+            f"subspace.least_spread = {section.least_spread:g}: steps in a subspace would be too "
+            "long for them"
+        )
+    asked = min(section.least_rank, section.dimensions / _MOST_ASKED)
+    if fit.rank < asked:
+        return (
+            f"the clients' texts make use of {fit.rank:.1f} directions of the subspace, and "
+            f"{asked:.1f} are asked for (subspace.least_rank): the public texts are too unlike "
+            "them; name others in subspace.corpus"
+        )
+    return None

@@ -65,8 +65,11 @@ def mask_table(found: FoundMask) -> list[str]:
         lines.append(f"  {count / mask.size:6.1%}  {name}")
     if mask.subspace is not None:
         lines.append(_within(mask.subspace))
-        if found.rank is not None:
-            lines.append(f"the clients' texts make use of {found.rank:.1f} of them")
+        if found.fit is not None:
+            line = f"the clients' texts make use of {found.fit.rank:.1f} of them"
+            if found.fit.spread is not None:
+                line += f"; scores over them spread by {found.fit.spread:.1f}"
+            lines.append(line)
     if found.path is not None:
         lines.append(f"mask {found.path}")
     return lines
