@@ -150,7 +150,6 @@ def test_the_step_of_a_subspace_goes_with_it(data: dict[str, Any]) -> None:
     [
         ({}, 2.1, 1.1, True),  # an eighth of 16 is asked for
         ({}, 1.9, 1.1, False),
-        ({}, 2.1, 0.9, False),
         ({"least_spread": 0.5}, 2.1, 0.9, True),
         ({"least_rank": 1.5}, 1.6, 1.1, True),
         ({"least_rank": 1.5}, 1.4, 1.1, False),
@@ -172,6 +171,35 @@ def test_what_is_asked_for(
     monkeypatch.setattr(fit, "spread_of", lambda scores: spread)
     recipe = parse_recipe(merged(data, subspace=changes))
     assert (fit.fitted(assemble(recipe)).recipe == recipe) == fits
+
+
+def test_steps_are_shorter_where_scores_spread_by_little(
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Rate and ε go with the spread, are written down, and are said; what was given stays."""
+    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(9.0, 0.9))
+    recipe = parse_recipe(merged(data, federation={"rounds": 2}, optimizer={"epsilon": "auto"}))
+    assert recipe.optimizer.learning_rate == 0.01  # given
+    found = fit.fitted(assemble(recipe)).recipe
+    assert found.epsilon == pytest.approx(0.5 * recipe.epsilon)
+    assert found.learning_rate == 0.01
+    free = merged(data, federation={"rounds": 2})
+    free["optimizer"] = {}
+    recipe = parse_recipe(free)
+    found = fit.fitted(assemble(recipe)).recipe
+    assert found.learning_rate == pytest.approx(0.5 * recipe.learning_rate)
+    assert found.subspace == recipe.subspace
+    with caplog.at_level(logging.WARNING):
+        summary = meerkat.run(recipe, tmp_path / "run", observers=())
+    assert "subspace.least_spread = 1" in caplog.text
+    assert summary["fingerprint"] == found.fingerprint != recipe.fingerprint
+    written = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert written["optimizer"]["learning_rate"] == found.learning_rate
+    given = meerkat.run(found, tmp_path / "given", observers=())
+    assert given["state_digest"] == summary["state_digest"]
 
 
 def test_a_mask_file_is_taken_as_it_is(

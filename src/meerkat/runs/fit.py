@@ -5,7 +5,7 @@ step changes scores by about one. That is no good measure in two cases (docs/res
 
 - Of texts of another kind or language most of the curvature may lie along two or three directions.
 - Where the model's own scores differ by less from text to text, such a step leaves the region in
-  which they are linear in w.
+  which they are linear in w, and has to be shorter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float64
 
-from meerkat.config.sections import SubspaceSection
+from meerkat.config import Recipe
 from meerkat.data.encoding import Encoded
 from meerkat.models.objective import TextObjective
 from meerkat.runs.assembly import Assembly
@@ -34,6 +34,8 @@ _TOGETHER = 16
 """Examples of one pass."""
 _MOST_ASKED = 8
 """At most k by this is asked for: few directions cannot tell."""
+_USUAL_SPREAD = 1.8
+"""Of the demo, by which η and ε of Eq. 20 were chosen."""
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def _scores(objective: TextObjective, encoded: Sequence[Encoded]) -> Float64[np.
 
 
 def fitted(assembly: Assembly) -> Assembly:
-    """The same, or without its subspace where that does not fit.
+    """The same, or a run with shorter steps, or without its subspace, where that does not fit.
 
     A subspace that a mask file brings is taken as it is.
     """
@@ -98,26 +100,38 @@ def fitted(assembly: Assembly) -> Assembly:
     if section is None or given is not None:
         return assembly
     fit = fit_of(assembly)
-    reason = None if fit is None else _misfit(fit, section)
-    if reason is None:
+    if fit is None:
         return assembly
-    _logger.warning("%s. The run is made without a subspace", reason)
-    return replace(assembly, recipe=assembly.recipe.without_subspace)
-
-
-def _misfit(fit: Fit, section: SubspaceSection) -> str | None:
-    """What a subspace lacks, with the field that asks for it."""
-    if fit.spread is not None and fit.spread < section.least_spread:
-        return (
-            f"the answers' scores spread by {fit.spread:.2f} over the clients' texts, less than "
-            f"subspace.least_spread = {section.least_spread:g}: steps in a subspace would be too "
-            "long for them"
-        )
     asked = min(section.least_rank, section.dimensions / _MOST_ASKED)
     if fit.rank < asked:
-        return (
-            f"the clients' texts make use of {fit.rank:.1f} directions of the subspace, and "
-            f"{asked:.1f} are asked for (subspace.least_rank): the public texts are too unlike "
-            "them; name others in subspace.corpus"
+        _logger.warning(
+            "the clients' texts make use of %.1f directions of the subspace, and %.1f are asked "
+            "for (subspace.least_rank): the public texts are too unlike them; name others in "
+            "subspace.corpus. The run is made without a subspace",
+            fit.rank,
+            asked,
         )
-    return None
+        return replace(assembly, recipe=assembly.recipe.without_subspace)
+    if fit.spread is None or fit.spread >= section.least_spread:
+        return assembly
+    recipe = _shortened(assembly.recipe, fit.spread / _USUAL_SPREAD)
+    _logger.warning(
+        "the answers' scores spread by %.2f over the clients' texts, less than "
+        "subspace.least_spread = %g: steps are shorter, with optimizer.learning_rate = %.3g and "
+        "epsilon = %.3g",
+        fit.spread,
+        section.least_spread,
+        recipe.learning_rate,
+        recipe.epsilon,
+    )
+    return replace(assembly, recipe=recipe)
+
+
+def _shortened(recipe: Recipe, factor: float) -> Recipe:
+    """With rate and ε that are so much smaller where they were `auto`, written out."""
+    optimizer = recipe.optimizer
+    found = {"learning_rate": recipe.learning_rate, "epsilon": recipe.epsilon}
+    changes = {
+        name: factor * value for name, value in found.items() if getattr(optimizer, name) == "auto"
+    }
+    return recipe.model_copy(update={"optimizer": optimizer.model_copy(update=changes)})
