@@ -33,6 +33,9 @@ PLAIN = ["subspace.kind=none"]
 TWO_POINT = ["federation.batch_size=16", "optimizer.estimator=two-point", "noise.perturbations=1"]
 BACKWARD = ["federation.batch_size=16", "optimizer.estimator=backward", "noise.perturbations=1"]
 MIXED = ["optimizer.exact_clients=[0, 1]"]  # of four; the others report as the recipe says
+UNASKED = ["subspace.least_rank=0", "subspace.least_spread=0"]
+"""A subspace whether it fits the clients' texts or not; the arms `-asked` do what the rules say."""
+SHORT = ["federation.rounds=30", "optimizer.learning_rate=0.15", "optimizer.epsilon=0.04"]
 MODELS = {"gemma": "demo:gemma-3-270m", "smollm2": "demo:smollm2-135m"}
 TASKS = (
     "rotten_tomatoes",
@@ -63,7 +66,7 @@ MASKS = {
 
 
 def arms(out: Path) -> dict[str, list[str]]:
-    """Settings of each arm by its name; those that end in `-own` make B of texts of the task."""
+    """Settings of each arm by its name; those that end in `-own` have B of the task's texts."""
     found = {}
     for seed in SEEDS:
         own = [f"seed={seed}", "evaluation.every=15"]
@@ -83,10 +86,13 @@ def arms(out: Path) -> dict[str, list[str]]:
             for seed in SEEDS:
                 pair = [f"model.name={name}", f"task.name={task}", *every, f"seed={seed}"]
                 end = f"-s{seed}" if seed else ""
-                found[f"pairs/{model}-{task}-aligned{end}"] = pair
-                found[f"pairs/{model}-{task}-model{end}"] = [*pair, "subspace.corpus=model"]
-                own = [*pair, f"subspace.corpus={out / f'{task}.txt'}"]
+                aligned = [*pair, *UNASKED]
+                found[f"pairs/{model}-{task}-aligned{end}"] = aligned
+                found[f"pairs/{model}-{task}-model{end}"] = [*aligned, "subspace.corpus=model"]
+                own = [*aligned, f"subspace.corpus={out / f'{task}.txt'}"]
                 found[f"pairs/{model}-{task}-own{end}"] = own
+                found[f"pairs/{model}-{task}-short-own{end}"] = [*own, *SHORT]
+                found[f"pairs/{model}-{task}-asked{end}"] = pair
                 for rate in RATES:
                     settings = [*PLAIN, f"optimizer.learning_rate={rate}", *pair]
                     found[f"pairs/{model}-{task}-plain-{rate:g}{end}"] = settings
@@ -111,7 +117,7 @@ def write_own(out: Path, task: str) -> None:
 def make(out: Path, arm: str, settings: list[str]) -> None:
     directory = out / arm
     if "-own" in arm:
-        write_own(out, re.sub(r"^pairs/[^-]+-|-own.*$", "", arm))
+        write_own(out, re.sub(r"^pairs/[^-]+-|(-short)?-own.*$", "", arm))
     if (directory / "summary.json").exists():
         return
     if (directory / "recipe.json").exists():
