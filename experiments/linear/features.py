@@ -41,7 +41,7 @@ TOGETHER = 16
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many examples of each group; the first ones of a group are the same whatever its size."""
+    """How many examples of each group."""
 
     held: int
     of_client: int

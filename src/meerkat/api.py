@@ -169,10 +169,10 @@ def run(
     observer = _observers(observers, progress)
     if parsed.runtime.engine == "flower":
         check_free(directory)
-        if parsed.subspace is not None:
-            with needed_extra("train"):
-                from meerkat.runs.assembly import assemble
-                from meerkat.runs.fit import fitted
+        with needed_extra("train"):
+            from meerkat.runs.assembly import assemble
+            from meerkat.runs.fit import asks, fitted
+        if asks(parsed):
             parsed = fitted(assemble(parsed, progress)).recipe
         return _simulate(parsed, directory, observer, progress, new=True)
     with needed_extra("train"):

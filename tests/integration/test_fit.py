@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import meerkat
 from meerkat import api
 from meerkat.config import Recipe, parse_recipe
-from meerkat.errors import RunError
+from meerkat.errors import RecipeError, RunError
 from meerkat.runs import fit
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.finding_mask import Fit
@@ -73,7 +73,7 @@ def test_spread_of_scores_of_the_model(data: dict[str, Any]) -> None:
     assert measured is not None
     examples = [found.split.train[place] for place in range(len(found.split.train))]
     encoded = [found.encoder.encode(example) for example in examples]
-    scores = fit._scores(found.objective, encoded)
+    scores = found.objective.scores_of(encoded).numpy()
     assert fit.spread_of(scores) == pytest.approx(np.std(scores[:, 1] - scores[:, 0]))
     assert measured.spread == pytest.approx(fit.spread_of(scores), rel=0.5)
     four = np.random.default_rng(0).standard_normal((5000, 4))
@@ -102,7 +102,8 @@ def test_a_run_without_a_subspace_that_does_not_fit(
         found = meerkat.run(parse_recipe(data), tmp_path / "run", observers=())
     assert "make use of 1.4 directions" in caplog.text
     assert "subspace.corpus" in caplog.text
-    plain = parse_recipe(merged(data, subspace={"kind": "none"}))
+    free = {"learning_rate": "auto"}  # 0.01 was in the units of the subspace
+    plain = parse_recipe(merged(data, subspace={"kind": "none"}, optimizer=free))
     expected = meerkat.run(plain, tmp_path / "plain", observers=())
     assert found["state_digest"] == expected["state_digest"]
     assert found["fingerprint"] == expected["fingerprint"] == plain.fingerprint
@@ -123,7 +124,7 @@ def test_flowers_simulation_asks_as_well(
     monkeypatch.setattr(api, "_simulate", simulate)
     recipe = parse_recipe(merged(data, runtime={"engine": "flower"}))
     meerkat.run(recipe, tmp_path / "run", observers=())
-    assert given == [recipe.without_subspace]
+    assert given == [fit.without_subspace(recipe)]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.json").write_text(recipe.to_json())
     with pytest.raises(RunError, match="run"):
@@ -131,18 +132,34 @@ def test_flowers_simulation_asks_as_well(
 
 
 def test_the_step_of_a_subspace_goes_with_it(data: dict[str, Any]) -> None:
-    """What a recipe leaves out means the same with and without; what it gives stays."""
-    for optimizer in ({}, {"learning_rate": 0.01}):
-        bare = merged(data, federation={"batch_size": None}, optimizer=None)
-        del bare["federation"]["batch_size"]
-        bare["optimizer"] = optimizer
-        recipe = parse_recipe(bare)
-        assert (recipe.federation.batch_size, recipe.noise.perturbations) == (4, 7)
-        plain = parse_recipe(merged(bare, subspace={"kind": "none"}))
-        assert recipe.without_subspace == plain
+    """What a recipe leaves out means the same with and without; what it gives stays, but for what
+    has the units of the subspace."""
+    bare = merged(data)
+    del bare["federation"]["batch_size"], bare["optimizer"]
+    recipe = parse_recipe(bare)
+    assert (recipe.federation.batch_size, recipe.noise.perturbations) == (4, 7)
+    plain = parse_recipe(merged(bare, subspace={"kind": "none"}))
+    assert fit.without_subspace(recipe) == plain
+    units = {"learning_rate": 0.3, "epsilon": 0.1, "schedule": "cosine"}
+    assert fit.without_subspace(parse_recipe(merged(bare, optimizer=units))) == plain
     given = parse_recipe(merged(data, noise={"perturbations": 3}, federation={"batch_size": 5}))
-    kept = given.without_subspace
+    kept = fit.without_subspace(given)
     assert (kept.federation.batch_size, kept.noise.perturbations) == (5, 3)
+
+
+@pytest.mark.parametrize("optimizer", [{"estimator": "backward"}, {"exact_clients": [0]}])
+def test_exact_reports_need_the_subspace(
+    data: dict[str, Any],
+    tmp_path: Path,
+    optimizer: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it does not fit there is no such run; nothing is left of it."""
+    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(1.4, 2.0))
+    recipe = parse_recipe(merged(data, optimizer=optimizer))
+    with pytest.raises(RecipeError, match=r"least_rank\).*subspace.corpus.*needs a subspace"):
+        meerkat.run(recipe, tmp_path / "run", observers=())
+    assert not (tmp_path / "run/recipe.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -207,12 +224,15 @@ def test_a_mask_file_is_taken_as_it_is(
 ) -> None:
     meerkat.calibrate(parse_recipe(data), tmp_path / "mask.safetensors")
 
-    def refuse(assembly: Assembly) -> Fit:
+    def refuse(*arguments: Any) -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(fit, "fit_of", refuse)
-    recipe = parse_recipe(merged(data, mask={"file": str(tmp_path / "mask.safetensors")}))
+    monkeypatch.setattr(fit, "slopes_along", refuse)
+    path = tmp_path / "mask.safetensors"
+    recipe = parse_recipe(merged(data, mask={"file": str(path)}))
     assert fit.fitted(assemble(recipe)).recipe == recipe
+    recipe = parse_recipe(data)
+    assert fit.fitted(assemble(recipe, mask_file=path)).recipe == recipe
 
 
 class _KilledError(BaseException):
@@ -231,7 +251,7 @@ def test_a_run_that_was_killed_before_it_began_asks_again(
         meerkat.run(recipe, tmp_path / "run", observers=())
     monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(1.0, 2.0))
     found = meerkat.resume(tmp_path / "run", observers=())
-    assert found["fingerprint"] == recipe.without_subspace.fingerprint
+    assert found["fingerprint"] == fit.without_subspace(recipe).fingerprint
     again = meerkat.resume(tmp_path / "run", observers=())
     assert again["state_digest"] == found["state_digest"]
 

@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "exact": {"subspace": SUBSPACE, "optimizer": {"estimator": "backward"}},
     "mixed": {"subspace": SUBSPACE, "optimizer": {"exact_clients": [0, 2]}},
     "random": {"mask": {"kind": "random"}},
+    "magnitude": {"mask": {"kind": "magnitude"}},
     "by tensor": {"mask": {"scope": "tensor"}},
     "full": {"mask": {"kind": "full"}},
     "high": {"mask": {"first_block": 1}},
@@ -95,6 +96,13 @@ def test_memory_follows_the_recipe(tiny_recipe_data: dict[str, Any]) -> None:
     assert exact.activations == 2 * memory(subspace=SUBSPACE).activations  # of two blocks
     assert exact.making_the_subspace > exact.weights
     assert exact.server < exact.client - exact.weights
+    for runtime in ({"prefix_cache": 3}, {"prefix_cache": 0, "prefix_disk": 3}):
+        found = plan_run(
+            parse_recipe(merged(tiny_recipe_data, mask={"first_block": 1}, runtime=runtime))
+        )
+        assert found.model.kept_blocks == 1
+        held = found.memory.weights + found.memory.activations + found.memory.server
+        assert found.memory.client == held + runtime["prefix_cache"] * 2**20
 
 
 def test_an_estimate_of_time_is_made_of_measured_passes(

@@ -11,6 +11,7 @@ from builders import merged
 
 import meerkat
 from meerkat.config import parse_recipe
+from meerkat.errors import ModelError
 from meerkat.federation.rounds import RoundRecord
 from meerkat.journal import Journal
 from meerkat.journal.records import RoundMetrics
@@ -93,3 +94,18 @@ def test_a_mask_over_all_blocks_has_no_prefix(tiny_recipe_data: dict[str, Any]) 
     found = assemble(parse_recipe(tiny_recipe_data))
     found.worker()
     assert found.objective.prefix is None
+
+
+def test_a_model_that_has_no_prefix_runs_without(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """A speed setting that cannot be had stops nothing, and is said."""
+    expected = meerkat.run(parse_recipe(data), tmp_path / "with", observers=())
+
+    def refuse(self: Prefix, name: str) -> None:
+        raise ModelError("runtime.prefix_cache does not go with this; set it to 0")
+
+    monkeypatch.setattr(Prefix, "_check", refuse)
+    found = meerkat.run(parse_recipe(data), tmp_path / "without", observers=())
+    assert found["state_digest"] == expected["state_digest"]
+    assert "set it to 0 to be rid of this line" in caplog.text

@@ -253,17 +253,6 @@ class Recipe(Section):
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
-    def without_subspace(self) -> Recipe:
-        """The same run with θ free over the mask, and the step that goes with that by default."""
-        data = self.model_dump(mode="json") | {"subspace": None}
-        step = (self.federation.batch_size, self.optimizer.estimator.kind, self.noise.perturbations)
-        if step == (SUBSPACE_BATCH, "one-sided", SUBSPACE_PERTURBATIONS):
-            del data["federation"]["batch_size"]
-            del data["optimizer"]["estimator"]
-            del data["noise"]["perturbations"]
-        return type(self).model_validate(data)
-
-    @property
     def resolved(self) -> Recipe:
         """The same run with what `auto` means written out; ε stays, it names no other run."""
         rate: dict[str, Any] = {"learning_rate": self.learning_rate, "schedule": self.schedule}

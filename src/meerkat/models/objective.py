@@ -96,6 +96,12 @@ class TextObjective:
             classes=len(examples[0].answers),
         )
 
+    @torch.inference_mode()
+    def scores_of(self, examples: Sequence[Encoded]) -> Float64[Tensor, "S A"]:
+        """Score of each answer of any number of examples, at the weights as they are."""
+        found = [self.scores(batch.to(self.device)) for batch in self.packs(examples)]
+        return torch.cat(found).double()
+
     def pretraining_loss(self, batch: Int64[Tensor, "S L"]) -> Float32[Tensor, ""]:
         """The loss that the mask is calibrated by, with its graph: next-token cross-entropy."""
         ids = batch.to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from meerkat.config import Recipe
 from meerkat.data.clients import client_label_counts, load_partition
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
+from meerkat.errors import ModelError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
@@ -35,6 +37,8 @@ from meerkat.tasks.metrics import metric_names
 __all__ = ["Assembly", "EncodedExamples", "FoundMask", "assemble"]
 
 _MIB = 2**20
+
+_logger = logging.getLogger(__name__)
 
 
 class EncodedExamples(Sequence[Encoded]):
@@ -129,7 +133,10 @@ class Assembly:
             kept = KeptActivations(
                 runtime.prefix_cache * _MIB, runtime.prefix_disk * _MIB, cache_dir(runtime)
             )
-            self.objective.keep_prefix(still_blocks(model, mask.names), kept)
+            try:
+                self.objective.keep_prefix(still_blocks(model, mask.names), kept)
+            except ModelError as error:  # it would only have been faster
+                _logger.warning("%s to be rid of this line; all blocks are computed", error)
         return Worker(space_of(model, mask), self.objective, self.algorithm)
 
     def client(self, number: int, part: int | None = None) -> Client:

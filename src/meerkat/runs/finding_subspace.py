@@ -204,9 +204,7 @@ def _balanced(
 
     def preferences(w: Float32[np.ndarray, " k"]) -> Float64[np.ndarray, " A"]:
         space.write(w)
-        with torch.inference_mode():
-            scores = [objective.scores(b.to(objective.device)) for b in objective.packs(encoded)]
-        return _centred(torch.cat(scores).double().mean(0).cpu().numpy())
+        return _centred(objective.scores_of(encoded).mean(0).cpu().numpy())
 
     try:
         return balanced_start(jacobian, preferences)

@@ -12,26 +12,32 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 
-from meerkat.config import Recipe
-from meerkat.data.encoding import Encoded
-from meerkat.models.objective import TextObjective
+from meerkat.config import Recipe, parse_recipe
+from meerkat.config.automatic import SUBSPACE_BATCH, SUBSPACE_PERTURBATIONS
+from meerkat.config.sections import Choice
+from meerkat.errors import RecipeError
 from meerkat.runs.assembly import Assembly
 from meerkat.runs.finding_mask import Fit
 from meerkat.runs.finding_subspace import slopes_along
 from meerkat.zo.noise import permutation
 
-__all__ = ["effective_rank", "fit_of", "fitted", "spread_of"]
+__all__ = [
+    "EXAMPLES",
+    "asks",
+    "effective_rank",
+    "fit_of",
+    "fitted",
+    "spread_of",
+    "without_subspace",
+]
 
-_EXAMPLES = 64
-_TOGETHER = 16
-"""Examples of one pass."""
+EXAMPLES = 64
+"""Of the clients', that are asked."""
 _MOST_ASKED = 8
 """At most k by this is asked for: few directions cannot tell."""
 _USUAL_SPREAD = 1.8
@@ -63,55 +69,56 @@ def spread_of(scores: Float64[np.ndarray, "N A"]) -> float:
     return math.sqrt(2 * float(centred.var(axis=0).sum()) / (scores.shape[1] - 1))
 
 
+def asks(recipe: Recipe) -> bool:
+    """Is it a recipe whose subspace is to fit? One that a mask file brings is taken as it is."""
+    section = recipe.subspace
+    return (
+        section is not None
+        and section.kind == "aligned"
+        and section.dimensions > _MOST_ASKED
+        and bool(section.least_rank or section.least_spread)
+        and recipe.mask.file is None
+    )
+
+
 def fit_of(assembly: Assembly) -> Fit | None:
-    """How the recipe's aligned subspace fits 64 texts of the clients; None where nobody asks."""
+    """How the recipe's subspace fits 64 texts of the clients; None where it is not asked."""
     section = assembly.recipe.subspace
-    if section is None or section.kind != "aligned" or section.dimensions <= _MOST_ASKED:
-        return None
-    if not section.least_rank and not section.least_spread:
+    if section is None or assembly.mask_file is not None or not asks(assembly.recipe):
         return None
     held = sorted(place for part in assembly.parts for place in part)
-    chosen = permutation(section.seed, (2, 3), len(held))[:_EXAMPLES]
+    chosen = permutation(section.seed, (2, 3), len(held))[:EXAMPLES]
     examples = [assembly.split.train[held[place]] for place in chosen]
     encoded = [assembly.encoder.encode(example) for example in examples]
     rank = effective_rank(slopes_along(assembly, assembly.found_mask.mask, section, encoded))
     spread = None
     if assembly.task.has_classes:
-        spread = spread_of(_scores(assembly.objective, encoded))
+        spread = spread_of(assembly.objective.scores_of(encoded).cpu().numpy())
     return Fit(rank, spread)
-
-
-@torch.inference_mode()
-def _scores(objective: TextObjective, encoded: Sequence[Encoded]) -> Float64[np.ndarray, "N A"]:
-    found = [
-        objective.scores(batch.to(objective.device))
-        for begin in range(0, len(encoded), _TOGETHER)
-        for batch in objective.packs(encoded[begin : begin + _TOGETHER])
-    ]
-    return torch.cat(found).double().cpu().numpy()
 
 
 def fitted(assembly: Assembly) -> Assembly:
     """The same, or a run with shorter steps, or without its subspace, where that does not fit.
 
-    A subspace that a mask file brings is taken as it is.
+    Raises:
+        RecipeError: It does not fit, and the recipe asks for what there is in a subspace alone.
     """
-    section, given = assembly.recipe.subspace, assembly.mask_file or assembly.recipe.mask.file
-    if section is None or given is not None:
-        return assembly
-    fit = fit_of(assembly)
-    if fit is None:
+    section, fit = assembly.recipe.subspace, fit_of(assembly)
+    if section is None or fit is None:
         return assembly
     asked = min(section.least_rank, section.dimensions / _MOST_ASKED)
     if fit.rank < asked:
-        _logger.warning(
-            "the clients' texts make use of %.1f directions of the subspace, and %.1f are asked "
-            "for (subspace.least_rank): the public texts are too unlike them; name others in "
-            "subspace.corpus. The run is made without a subspace",
-            fit.rank,
-            asked,
+        reason = (
+            f"the clients' texts make use of {fit.rank:.1f} directions of the subspace, and "
+            f"{asked:.1f} are asked for (subspace.least_rank): the public texts are too unlike "
+            "them; name others in subspace.corpus"
         )
-        return replace(assembly, recipe=assembly.recipe.without_subspace)
+        try:
+            recipe = without_subspace(assembly.recipe)
+        except RecipeError as error:
+            raise RecipeError(f"{reason}. Without a subspace it is no run: {error}") from None
+        _logger.warning("%s. The run is made without a subspace", reason)
+        return replace(assembly, recipe=recipe)
     if fit.spread is None or fit.spread >= section.least_spread:
         return assembly
     recipe = _shortened(assembly.recipe, fit.spread / _USUAL_SPREAD)
@@ -125,6 +132,24 @@ def fitted(assembly: Assembly) -> Assembly:
         recipe.epsilon,
     )
     return replace(assembly, recipe=recipe)
+
+
+def without_subspace(recipe: Recipe) -> Recipe:
+    """The same run with θ free over the mask, and what goes with that by default.
+
+    Rate and ε have other units there, so they are `auto`.
+
+    Raises:
+        RecipeError: It asks for what there is in a subspace alone, such as exact gradients.
+    """
+    data = recipe.model_dump(mode="json") | {"subspace": None}
+    data["optimizer"] |= {"learning_rate": "auto", "epsilon": "auto", "schedule": "auto"}
+    step = (recipe.federation.batch_size, recipe.optimizer.estimator, recipe.noise.perturbations)
+    if step == (SUBSPACE_BATCH, Choice(kind="one-sided"), SUBSPACE_PERTURBATIONS):
+        del data["federation"]["batch_size"]
+        del data["optimizer"]["estimator"]
+        del data["noise"]["perturbations"]
+    return parse_recipe(data)
 
 
 def _shortened(recipe: Recipe, factor: float) -> Recipe:

@@ -1,8 +1,8 @@
 """What a run will need, from its recipe and the configuration of its model: no weight is loaded.
 
 Bytes on the wire, forward passes and files follow exactly. Memory is that of what is held for
-certain, and for activations an estimate from the widths of the layers. With a measurement, which
-loads model and data, also the time of a step, and what follows from it for the run.
+certain, and for activations an estimate from the widths of the layers. With a measurement of a few
+passes, which loads model and data, also the time that the run will take here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from meerkat.progress import Progress
 from meerkat.registry import build
 from meerkat.runs.assembly import assemble
 from meerkat.runs.driver import CHECKPOINT_EVERY
+from meerkat.runs.fit import EXAMPLES, asks
 from meerkat.spaces.mask_criteria import (
     decoder_blocks,
     eligible_parameters,
@@ -95,7 +96,7 @@ class MemoryFigures:
     """Of one pass, or with exact reports of those that are kept for the backward pass. Estimated,
     for examples as long as `task.max_length`."""
     client: int
-    """Those two, mask, subspace and state."""
+    """Those two, mask, subspace and state, and `runtime.prefix_cache` where it is used."""
     server: int
     """Mask, subspace and state: a server has no model."""
     making_the_mask: int
@@ -125,6 +126,7 @@ class TimeFigures:
     """One local step of one client."""
     mask: float
     subspace: float
+    """To make it, and to ask whether it fits."""
     training: float
     evaluating: float
 
@@ -149,7 +151,7 @@ def plan_run(recipe: Recipe, measure: bool = False, progress: Progress | None = 
     """What a run of this recipe will need.
 
     Args:
-        measure: Load the model and the data, and time a few passes and a step.
+        measure: Load the model and the data, and time a few passes.
 
     Raises:
         MeerkatError: There is no such model, or nothing in it may move.
@@ -188,8 +190,24 @@ class _Planner:
             masked=masked,
             moving=masked if recipe.subspace is None else recipe.subspace.dimensions,
             blocks=len(self._blocks),
-            kept_blocks=len(still) if recipe.runtime.prefix_cache else 0,
+            kept_blocks=len(still) if self._keeps else 0,
         )
+
+    @property
+    def _keeps(self) -> bool:
+        return bool(self._recipe.runtime.prefix_cache or self._recipe.runtime.prefix_disk)
+
+    @property
+    def _calibrated(self) -> bool:
+        """Is the mask found by pre-training gradients?"""
+        mask = self._recipe.mask
+        return mask.file is None and mask.kind in ("sensitivity", "union")
+
+    @property
+    def _texts(self) -> int:
+        """Public texts of an aligned subspace."""
+        section = self._recipe.subspace
+        return section.texts if section is not None and section.kind == "aligned" else 0
 
     def _masked(self, eligible: int) -> int:
         section = self._recipe.mask
@@ -273,25 +291,24 @@ class _Planner:
         n, k = self.model.masked, self._dimensions
         state = 12 * self.model.moving  # before the run, now, and one that is being made
         space = n * (8 + 4 + 4) + n * k * (2 + 4)  # coordinates, θ_0 and p; B as stored and used
-        mask, texts = recipe.mask, 0 if recipe.subspace is None else recipe.subspace.texts
+        kept = recipe.runtime.prefix_cache * 2**20 if self.model.kept_blocks else 0
+        mask = recipe.mask
         tokens = min(recipe.runtime.tokens_per_pass, self._longest * recipe.federation.batch_size)
         exact = self._activations(tokens, kept=True) if self._exact else 0
         activations = width * max(exact, self._activations(tokens, kept=False))
         sequences = mask.batch_size * mask.sequence_length
-        calibrated = mask.file is None and mask.kind in ("sensitivity", "union")
         scores = 4 * self.model.eligible * (2 if recipe.runtime.mask_passes == 1 else 1)
         logits = 8 * sequences * self._vocabulary
         backward = width * self._activations(sequences, kept=True) + logits
-        gathered = 4 * n * (texts + k) + 8 * texts**2
+        gathered = 4 * n * (self._texts + k) + 8 * self._texts**2
         of_texts = width * self._activations(16 * self._longest, kept=True)
-        aligned = recipe.subspace is not None and recipe.subspace.kind == "aligned"
         return MemoryFigures(
             weights=weights,
             activations=activations,
-            client=weights + activations + space + state,
+            client=weights + activations + space + state + kept,
             server=space + state,
-            making_the_mask=weights + scores + backward if calibrated else 0,
-            making_the_subspace=weights + gathered + of_texts if aligned else 0,
+            making_the_mask=weights + scores + backward if self._calibrated else 0,
+            making_the_subspace=weights + gathered + of_texts if self._texts else 0,
         )
 
     @property
@@ -344,17 +361,16 @@ class _Planner:
         kept = model.kept_blocks / max(1, model.blocks)
         a_step = passes.forward_a_step / size * (1 - kept) + kept
         a_step += (_BACKWARD - 1) * passes.backward_a_step / size * (1 - kept)
-        mask, subspace = recipe.mask, recipe.subspace
-        calibrated = mask.file is None and mask.kind in ("sensitivity", "union")
+        mask = recipe.mask
         of_mask = mask.batches * mask.batch_size * mask.sequence_length * recipe.runtime.mask_passes
-        aligned = subspace is not None and subspace.kind == "aligned"
-        of_texts = subspace.texts if subspace is not None and aligned else 0
+        # In calibration each token has a row of logits over the whole vocabulary.
+        a_token = _BACKWARD * forward / tokens * self._with_head
+        of_texts = self._texts + (EXAMPLES if asks(recipe) else 0)
         steps = passes.training / passes.forward_a_step
         return TimeFigures(
             forward=forward,
             step=forward * a_step,
-            # In calibration each token has a row of logits over the whole vocabulary.
-            mask=_BACKWARD * forward / tokens * of_mask * self._with_head if calibrated else 0.0,
+            mask=a_token * of_mask if self._calibrated else 0.0,
             subspace=_BACKWARD * forward / size * of_texts,
             training=forward * a_step * steps,
             evaluating=forward / size * passes.evaluating,
