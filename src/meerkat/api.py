@@ -274,6 +274,7 @@ def evaluate(
         with closing(open_journal(directory)) as journal:
             mask, state = mask_of(directory, journal, rounds), replay_journal(journal, rounds)
         _ = assembly.found_mask  # checks the model, as it was loaded
+        assembly.quantise()
         space = space_of(assembly.loaded.model, mask)
         space.write(state.theta)
     if split == "train":

@@ -763,7 +763,7 @@ TARGETS["Tokens.check"] = Target(
 
 SETTINGS = (
     *("partition-id", "num-partitions", "data", "model", "mask", "device", "threads"),
-    *("allow-models", "allow-sources", "most-tokens"),
+    *("allow-models", "allow-sources", "most-tokens", "weights"),
 )
 VALUES: list[Any] = [
     *(0, 1, -1, 2**63, 10**30, 0.0, 1.5, -0.5, math.nan, math.inf, -math.inf, 1e308, True, False),
@@ -775,6 +775,7 @@ configs = st.fixed_dictionaries(
     optional={
         **dict.fromkeys(("data", "mask", "model", "device"), st.text(min_size=1, max_size=20)),
         "threads": st.integers(0, 64),
+        "weights": st.sampled_from(("stored", "int8", "int4")),
         "num-partitions": st.integers(1, 9),
         **dict.fromkeys(("allow-models", "allow-sources"), st.text(",a* /", max_size=9)),
         "most-tokens": st.integers(1, 2**63),

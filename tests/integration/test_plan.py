@@ -93,7 +93,13 @@ def test_memory_follows_the_recipe(tiny_recipe_data: dict[str, Any]) -> None:
     assert memory(mask={"kind": "random"}).making_the_mask == 0
     assert plain.making_the_subspace == 0
     exact = memory(subspace=SUBSPACE, optimizer={"estimator": "backward"})
-    assert exact.activations == 2 * memory(subspace=SUBSPACE).activations  # of two blocks
+    one_by_one = memory(subspace=SUBSPACE, runtime={"tokens_together": 0})
+    assert exact.activations == 2 * one_by_one.activations  # of two blocks
+    for tokens, copies in ((10**6, 2), (2 * 4 * 64, 2), (2 * 4 * 64 - 1, 1)):  # of 4 examples
+        found = memory(subspace=SUBSPACE, runtime={"tokens_together": tokens})
+        assert found.activations == copies * one_by_one.activations
+    random = {"mask": {"kind": "random"}, "runtime": {"tokens_together": 10**6}}
+    assert memory(**random) == memory(mask={"kind": "random"}, runtime={"tokens_together": 0})
     assert exact.making_the_subspace > exact.weights
     assert exact.server < exact.client - exact.weights
     for runtime in ({"prefix_cache": 3}, {"prefix_cache": 0, "prefix_disk": 3}):
@@ -124,6 +130,10 @@ def test_an_estimate_of_time_is_made_of_measured_passes(
     assert (found.forward, found.step, found.mask, found.subspace) == (1.0, 4.0, 0.0, 0.0)
     assert found.training == 4 * 3 * 2 * 4  # passes, clients, steps, rounds
     assert found.evaluating == 2 * 20 / 4
+    sensitive = merged(tiny_recipe_data, noise={"perturbations": 2})
+    together = plan_run(parse_recipe(sensitive), measure=True).seconds
+    assert together is not None
+    assert together.step == 1.0  # four passes in one
     data = merged(data, mask={"first_block": 1})
     kept = plan_run(parse_recipe(data), measure=True).seconds
     assert kept is not None

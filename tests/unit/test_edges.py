@@ -136,7 +136,7 @@ def test_free_text_losses_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     rows = []
     original = bounded._logits
     monkeypatch.setattr(
-        bounded, "_logits", lambda batch: rows.append(len(batch.scored)) or original(batch)
+        bounded, "_logits", lambda *of: rows.append(len(of[0].scored)) or original(*of)
     )
     np.testing.assert_allclose(bounded.losses(examples), whole, rtol=1e-5)
     assert rows == [8, 8, 8, 8, 4]

@@ -108,6 +108,11 @@ class Recipe(Section):
                 f"network.quorum = {quorum} is more than the {self.clients_per_round} clients that "
                 "a round samples; lower it"
             )
+        if self.runtime.compile and self.runtime.weights != "stored":
+            raise ValueError(
+                f"runtime.weights = {self.runtime.weights!r} cannot be compiled; set "
+                "runtime.compile = false, or runtime.weights = 'stored'"
+            )
         self._check_selection()
         self._check_exact()
         self._check_renewal()

@@ -330,6 +330,9 @@ class Runtime(Section):
     compute: Literal["auto", "stored", "float32"] = "auto"
     """Type of the forward pass: that of the weights, or float32, which holds the same weights in
     twice the memory of bfloat16. `auto` is float32 on processors that have no use for bfloat16."""
+    weights: Literal["stored", "int8", "int4"] = "stored"
+    """Bits that the model's weights are kept in, all but the masked ones, once mask and subspace
+    are found. Nobody else needs to know: mask, states and exports are those of the stored model."""
     compile: bool = False
     """Compile the forward pass; worth it from some hundred steps on."""
     prefix_cache: Annotated[int, Field(ge=0, lt=2**31)] = 256
@@ -339,6 +342,9 @@ class Runtime(Section):
     """MiB on disk, in `cache_dir`, for those that memory has no room for."""
     tokens_per_pass: Count = 16384
     """Most tokens in one packed forward pass; a longer batch takes several."""
+    tokens_together: Annotated[int, Field(ge=0, lt=2**31)] = 1024
+    """Tokens up to which the passes of one step, at several places near θ, are made as one over so
+    many copies of the batch; 0 makes them one by one. Losses differ by the rounding of sums."""
     mask_passes: Literal[1, 2] = 1
     """1 keeps two float32 accumulators the size of the eligible tensors, 2 keeps one and reads
     the corpus twice."""

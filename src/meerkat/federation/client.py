@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from meerkat.data.batch_order import batch_indices
 from meerkat.errors import ProtocolError, RecipeError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
-from meerkat.spaces.base import DifferentiableSpace, ParameterSpace
-from meerkat.tasks.objective import DifferentiableObjective, Objective
+from meerkat.spaces.base import DifferentiableSpace, OverlaidSpace, ParameterSpace
+from meerkat.tasks.objective import CopyingObjective, DifferentiableObjective, Objective
 from meerkat.zo.log import Update
 from meerkat.zo.state import ModelState, Theta
 
@@ -144,6 +145,27 @@ class _Losses:
     def __call__(self, offset: Theta | None) -> Float64[np.ndarray, " S"]:
         self.worker.space.write(self.theta if offset is None else self.theta + offset)
         return self.worker.objective.losses(self.batch)
+
+    def each(self, offsets: Sequence[Theta | None]) -> list[Float64[np.ndarray, " S"]]:
+        """Losses at each offset: several in one pass where space and objective know how.
+
+        Then the weights are left at θ.
+        """
+        space, objective = self.worker.space, self.worker.objective
+        if not (isinstance(space, OverlaidSpace) and isinstance(objective, CopyingObjective)):
+            return [self(offset) for offset in offsets]
+        most = objective.copies_per_pass(self.batch)
+        if min(most, len(offsets)) < 2 or not space.overlays:
+            return [self(offset) for offset in offsets]
+        space.write(self.theta)
+        places = [self.theta if offset is None else self.theta + offset for offset in offsets]
+        passes = math.ceil(len(places) / most)
+        found: list[Float64[np.ndarray, " S"]] = []
+        for number in range(passes):
+            some = places[number * len(places) // passes : (number + 1) * len(places) // passes]
+            with space.overlaid(some):
+                found.extend(objective.losses_of_copies(self.batch, len(some)))
+        return found
 
     def slope(
         self, direction: Theta

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from meerkat.data.encoding import Encoded
-from meerkat.data.packing import PackedBatch, packs
+from meerkat.data.packing import PackedBatch, pack, packs
 from meerkat.errors import ModelError
 from meerkat.models import attention
 from meerkat.models.loading import LoadedModel
@@ -48,6 +48,8 @@ class TextObjective:
         """What is not computed in each pass; see `keep_prefix`."""
         self.device = next(self.model.parameters()).device
         self._tokens_per_pass = tokens_per_pass
+        self._compiled = compiled
+        self._tokens_together = 0
         self._head = self.model.get_output_embeddings()
         if not isinstance(self._head, nn.Linear):
             raise ModelError(f"model.name = {loaded.name!r} has no linear LM head")
@@ -59,10 +61,58 @@ class TextObjective:
     def keep_prefix(self, blocks: Sequence[nn.Module], kept: KeptActivations) -> None:
         """From here on these first decoder blocks, which must never change, run once a batch.
 
+        Where nothing can be kept they run in each pass, but once for all copies of a batch in it.
+
         Raises:
             ModelError: The model does more between its blocks than to hand activations on.
         """
         self.prefix = Prefix(self.model, self._name, blocks, kept) if blocks else None
+
+    def allow_copies(self, tokens: int, layers: Sequence[nn.Module]) -> None:
+        """From here on a pass may take copies of a batch, up to so many tokens.
+
+        Not where it is compiled, and not where one of the layers, which are those that an overlay
+        changes, does not see all tokens of a pass in one call: some architectures send each token
+        to some of their layers only.
+        """
+        seen: list[int] = []
+
+        def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen.append(arguments[0].shape[:-1].numel())
+
+        handles = [layer.register_forward_pre_hook(see) for layer in layers]
+        batch = pack([Encoded(tuple(range(3, 10)), ((5,), (6,)), 0)] * 2)
+        try:
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+                attention.packed_logits(self.model, batch.to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        whole = seen == [batch.tokens] * len(layers)
+        self._tokens_together = tokens if whole and not self._compiled else 0
+
+    def copies_per_pass(self, examples: Sequence[Encoded]) -> int:
+        """How many copies of a batch may go through one pass; 1 where that is no use."""
+        budget = min(self._tokens_together, self._tokens_per_pass)
+        batches = list(self.packs(examples)) if budget else []
+        if len(batches) != 1:
+            return 1
+        most = budget // batches[0].tokens
+        if batches[0].candidates is None:
+            most = min(most, self._scored_per_pass // len(batches[0].targets))
+        return max(1, most)
+
+    @torch.inference_mode()
+    def losses_of_copies(
+        self, examples: Sequence[Encoded], copies: int
+    ) -> Float64[np.ndarray, "copies S"]:
+        """The losses of so many copies of a batch, in one pass with a run of tokens for each.
+
+        What never changes in the model is computed for one of them.
+        """
+        batch = pack([*examples] * copies).to(self.device)
+        scores = self.scores(batch, pack(examples).to(self.device))
+        return _losses(scores, batch).cpu().double().numpy().reshape(copies, len(examples))
 
     @torch.inference_mode()
     def losses(self, examples: Sequence[Encoded]) -> Float64[np.ndarray, " S"]:
@@ -120,25 +170,32 @@ class TextObjective:
         free = one_token and len(examples[0].answers) > 1  # only the answers' rows are multiplied
         return packs(examples, self._tokens_per_pass, None if free else self._scored_per_pass)
 
-    def scores(self, batch: PackedBatch) -> Float32[Tensor, "S A"]:
+    def scores(
+        self, batch: PackedBatch, single: PackedBatch | None = None
+    ) -> Float32[Tensor, "S A"]:
         """Score of each answer: the mean log-probability of its tokens.
 
         For one-token answers it is the logit: the vocabulary-wide normaliser is the same for all
         answers of an example and cancels in the cross-entropy, so only their rows of the LM head
         are multiplied.
+
+        Args:
+            single: What the batch is copies of; itself by default.
         """
+        single = batch if single is None else single
         if batch.candidates is not None:
             with self._rows(batch.candidates):
-                return self._logits(batch)
-        log_probabilities = self._logits(batch).log_softmax(1)
+                return self._logits(batch, single)
+        log_probabilities = self._logits(batch, single).log_softmax(1)
         chosen = log_probabilities.gather(1, batch.targets[:, None]).squeeze(1)
         flat = chosen.new_zeros(batch.examples * batch.answers)
         return flat.index_add(0, batch.answer, chosen * batch.weight).view(-1, batch.answers)
 
-    def _logits(self, batch: PackedBatch) -> Float32[Tensor, "P rows"]:
-        if self.prefix is None:
+    def _logits(self, batch: PackedBatch, single: PackedBatch) -> Float32[Tensor, "P rows"]:
+        copies = batch.tokens // single.tokens
+        if self.prefix is None or (copies == 1 and not self.prefix.kept.room):
             return attention.packed_logits(self.model, batch)
-        with self.prefix.skipped(batch):
+        with self.prefix.skipped(single, copies):
             return attention.packed_logits(self.model, batch)
 
     @contextmanager

@@ -64,13 +64,15 @@ class Prefix:
         return len(self._blocks)
 
     @contextmanager
-    def skipped(self, batch: PackedBatch) -> Iterator[None]:
-        """The model goes on from the kept activations of this batch, on its device."""
+    def skipped(self, batch: PackedBatch, copies: int = 1) -> Iterator[None]:
+        """The model goes on from the kept activations of so many copies of a batch."""
         key = _key(batch)
         hidden = self.kept.get(key, batch.input_ids.device)
         if hidden is None:
             hidden = self._compute(batch)
             self.kept.put(key, hidden)
+        if copies > 1:
+            hidden = hidden.repeat(1, copies, 1)
         # A leaf of its own: where gradients are asked for, the graph begins here.
         self._hidden = hidden.detach().requires_grad_() if torch.is_grad_enabled() else hidden
         for block in self._blocks:
@@ -175,6 +177,11 @@ class KeptActivations:
     _tensors: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict, repr=False)
     _files: OrderedDict[bytes, _File] = field(default_factory=OrderedDict, repr=False)
     _folder: Path | None = field(default=None, repr=False)
+
+    @property
+    def room(self) -> bool:
+        """Can anything be kept at all?"""
+        return bool(self.memory or self.disk)
 
     def get(self, key: bytes, device: torch.device) -> Tensor | None:
         """What was kept under a key."""

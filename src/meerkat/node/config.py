@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import from_json
 
@@ -37,6 +37,8 @@ class NodeConfig:
     """As `runtime.device`."""
     threads: int | None = None
     """As `runtime.threads`."""
+    weights: str | None = None
+    """As `runtime.weights`; quantised weights are not compiled."""
     allow_models: tuple[str, ...] = ("*",)
     """Models that a server's recipe may name, as patterns; by `--node-config` the demo's alone."""
     allow_sources: tuple[str, ...] = ("*",)
@@ -61,6 +63,7 @@ class NodeConfig:
             "mask": Path,
             "device": str,
             "threads": int,
+            "weights": str,
             "allow-models": _names,
             "allow-sources": _names,
             "most-tokens": int,
@@ -87,6 +90,11 @@ class NodeConfig:
             )
         if found.get("threads", 0) < 0:
             raise RecipeError(f"--node-config threads = {found['threads']} is less than 0")
+        known = get_args(Runtime.model_fields["weights"].annotation)
+        if found.get("weights", "stored") not in known:
+            raise RecipeError(
+                f"--node-config weights = {found['weights']!r} is none of {', '.join(known)}"
+            )
         if found.get("most-tokens", 1) < 1:
             raise RecipeError(f"--node-config most-tokens = {found['most-tokens']} is less than 1")
         found.pop("num-partitions", None)
@@ -129,6 +137,9 @@ class NodeConfig:
             runtime = runtime.model_copy(update={"device": self.device})
         if self.threads is not None:
             runtime = runtime.model_copy(update={"threads": self.threads})
+        if self.weights is not None:
+            own = {"weights": self.weights, "compile": runtime.compile and self.weights == "stored"}
+            runtime = runtime.model_copy(update=own)
         model = recipe.model.model_copy(update={"name": self.model} if self.model else {})
         return recipe.model_copy(update={"runtime": runtime, "model": model})
 

@@ -24,6 +24,7 @@ from meerkat.journal.records import Header, header_of
 from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
 from meerkat.models.prefix import KeptActivations
+from meerkat.models.quantised import quantise
 from meerkat.progress import Progress
 from meerkat.runs.finding_mask import FoundMask, find_mask
 from meerkat.runs.finding_subspace import find_subspace
@@ -126,17 +127,28 @@ class Assembly:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
         return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile)
 
+    def quantise(self) -> None:
+        """From here on all but the masked weights have the bits of `runtime.weights`."""
+        weights = self.recipe.runtime.weights
+        if weights != "stored":
+            mask = self.found_mask.mask
+            moving = dict(zip(mask.names, mask.indices, strict=True))
+            quantise(self.loaded.model, 8 if weights == "int8" else 4, moving)
+
     def worker(self) -> Worker:
         """The model as a worker, at the initial θ."""
+        self.quantise()
         model, mask, runtime = self.loaded.model, self.found_mask.mask, self.recipe.runtime
-        if runtime.prefix_cache or runtime.prefix_disk:
-            kept = KeptActivations(
-                runtime.prefix_cache * _MIB, runtime.prefix_disk * _MIB, cache_dir(runtime)
-            )
-            try:
-                self.objective.keep_prefix(still_blocks(model, mask.names), kept)
-            except ModelError as error:  # it would only have been faster
+        kept = KeptActivations(
+            runtime.prefix_cache * _MIB, runtime.prefix_disk * _MIB, cache_dir(runtime)
+        )
+        try:
+            self.objective.keep_prefix(still_blocks(model, mask.names), kept)
+        except ModelError as error:  # it would only have been faster
+            if kept.room:
                 _logger.warning("%s to be rid of this line; all blocks are computed", error)
+        layers = [model.get_submodule(name.rpartition(".")[0]) for name in mask.names]
+        self.objective.allow_copies(runtime.tokens_together, layers)
         return Worker(space_of(model, mask), self.objective, self.algorithm)
 
     def client(self, number: int, part: int | None = None) -> Client:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from torch import nn
 from meerkat.config import Recipe
 from meerkat.models.compute import computes_in_float32
 from meerkat.models.loading import choose_device, empty_model
+from meerkat.models.quantised import GROUP
 from meerkat.progress import Progress
 from meerkat.registry import build
 from meerkat.runs.assembly import assemble
@@ -91,7 +93,8 @@ class MemoryFigures:
     """Bytes in main or device memory."""
 
     weights: int
-    """In the type that the forward pass computes in."""
+    """In the type that the forward pass computes in, or in the bits of `runtime.weights`: those are
+    loaded first, and then quantised matrix by matrix."""
     activations: int
     """Of one pass, or with exact reports of those that are kept for the backward pass. Estimated,
     for examples as long as `task.max_length`."""
@@ -287,13 +290,14 @@ class _Planner:
         device = choose_device(recipe.runtime)
         dtype: torch.dtype = getattr(torch, recipe.model.dtype)
         width = 4 if computes_in_float32(recipe.runtime.compute, dtype, device) else dtype.itemsize
-        weights = self.model.parameters * width
+        weights, loaded = self._weights(width), self.model.parameters * width
         n, k = self.model.masked, self._dimensions
         state = 12 * self.model.moving  # before the run, now, and one that is being made
         space = n * (8 + 4 + 4) + n * k * (2 + 4)  # coordinates, θ_0 and p; B as stored and used
         kept = recipe.runtime.prefix_cache * 2**20 if self.model.kept_blocks else 0
         mask = recipe.mask
         tokens = min(recipe.runtime.tokens_per_pass, self._longest * recipe.federation.batch_size)
+        tokens *= self._copies(tokens)
         exact = self._activations(tokens, kept=True) if self._exact else 0
         activations = width * max(exact, self._activations(tokens, kept=False))
         sequences = mask.batch_size * mask.sequence_length
@@ -307,9 +311,38 @@ class _Planner:
             activations=activations,
             client=weights + activations + space + state + kept,
             server=space + state,
-            making_the_mask=weights + scores + backward if self._calibrated else 0,
-            making_the_subspace=weights + gathered + of_texts if self._texts else 0,
+            making_the_mask=loaded + scores + backward if self._calibrated else 0,
+            making_the_subspace=loaded + gathered + of_texts if self._texts else 0,
         )
+
+    def _weights(self, width: int) -> int:
+        """Codes and scales of matrices in few bits; what moves is counted with the space."""
+        kept = self._recipe.runtime.weights
+        if kept == "stored":
+            return self.model.parameters * width
+        found = 0
+        for parameter in self._empty.parameters():
+            if parameter.ndim != 2:
+                found += width * parameter.numel()
+            elif kept == "int8":
+                found += parameter.numel() + 4 * len(parameter)
+            else:
+                found += parameter.numel() // 2 + 4 * parameter.numel() // GROUP
+        return found
+
+    def _copies(self, tokens: int) -> int:
+        """Copies of a batch of so many tokens that go through one pass of a step.
+
+        Masks by sensitivity are taken to lie in few rows and columns, as those seen so far do.
+        """
+        recipe, runtime = self._recipe, self._recipe.runtime
+        written = recipe.mask.file is None and not self._calibrated
+        exact = recipe.optimizer.estimator.kind in ("backward", "forward-mode")
+        if written or exact or runtime.compile:
+            return 1
+        budget = min(runtime.tokens_together, runtime.tokens_per_pass)
+        passes = self._estimator.forward_passes(recipe.noise.perturbations)
+        return max(1, min(passes, budget // tokens))
 
     @property
     def _longest(self) -> int:
@@ -351,15 +384,15 @@ class _Planner:
         assembly = assemble(recipe, progress)
         batch = assembly.client(0).batch(0)
         tokens = sum(pack.tokens for pack in assembly.objective.packs(batch))
-        taken = []
-        for _ in range(1 + _REPEATS):
-            started = time.perf_counter()
-            assembly.objective.losses(batch)
-            taken.append(time.perf_counter() - started)
-        forward = statistics.median(taken[1:])
+        copies = self._copies(tokens)
+        forward = _median(lambda: assembly.objective.losses(batch))
+        together = _median(lambda: assembly.objective.losses(batch * copies)) if copies > 1 else 0
         size = recipe.federation.batch_size
         kept = model.kept_blocks / max(1, model.blocks)
-        a_step = passes.forward_a_step / size * (1 - kept) + kept
+        a_step = passes.forward_a_step / size
+        if copies > 1:
+            a_step *= together / (copies * forward)
+        a_step = a_step * (1 - kept) + kept
         a_step += (_BACKWARD - 1) * passes.backward_a_step / size * (1 - kept)
         mask = recipe.mask
         of_mask = mask.batches * mask.batch_size * mask.sequence_length * recipe.runtime.mask_passes
@@ -382,3 +415,13 @@ class _Planner:
         blocks = sum(parameter.numel() for parameter in self._blocks.parameters())
         head = self._empty.get_output_embeddings().weight.numel()
         return (blocks + head) / blocks
+
+
+def _median(work: Callable[[], object]) -> float:
+    """Seconds, after one run that is not counted."""
+    taken = []
+    for _ in range(1 + _REPEATS):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[1:])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float64
 
 from meerkat.zo.state import Theta
 
-__all__ = ["DifferentiableSpace", "ParameterSpace"]
+__all__ = ["DifferentiableSpace", "OverlaidSpace", "ParameterSpace"]
 
 
 @runtime_checkable
@@ -64,4 +65,20 @@ class DifferentiableSpace(ParameterSpace, Protocol):
         Args:
             parts: Losses of some examples each.
             examples: S of all parts.
+        """
+
+
+@runtime_checkable
+class OverlaidSpace(ParameterSpace, Protocol):
+    """A space in which one forward pass can be at several places."""
+
+    @property
+    def overlays(self) -> bool:
+        """Is that possible with this model and mask, and less work than passes one by one?"""
+
+    def overlaid(self, thetas: Sequence[Theta]) -> AbstractContextManager[None]:
+        """Meanwhile a pass over R equally long runs of tokens has run i at `thetas[i]`.
+
+        No weight is written. Losses are those that writing would give, up to the rounding of sums
+        in another order.
         """

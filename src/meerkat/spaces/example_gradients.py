@@ -23,9 +23,16 @@ __all__ = ["example_gradients", "has_example_gradients", "summed_gradient"]
 
 
 def has_example_gradients(model: nn.Module, mask: Mask) -> bool:
-    """Is each masked parameter the weight of one linear layer, and of nothing else?"""
-    homes = _homes(model)
-    linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    """Is each masked parameter the weight of one linear layer, and of nothing else?
+
+    The LM head does not count: a pass multiplies some of its rows only.
+    """
+    homes, head = _homes(model), model.get_output_embeddings()  # type: ignore[operator]
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
     parameters = dict(model.named_parameters())
     return all(
         name.endswith(".weight")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -55,6 +56,15 @@ class LinearSpace:
     def restore(self) -> None:
         """Put back exactly the bits that the model had when the space was made."""
         self._inner.restore()
+
+    @property
+    def overlays(self) -> bool:
+        """As `MaskedSpace.overlays`."""
+        return self._inner.overlays
+
+    def overlaid(self, thetas: Sequence[Theta]) -> AbstractContextManager[None]:
+        """As `MaskedSpace.overlaid`, at θ_0 + B w for each w."""
+        return self._inner.overlaid([combined(self._base, self._basis, w) for w in thetas])
 
     def gradient(
         self, parts: Iterable[Tensor], examples: int

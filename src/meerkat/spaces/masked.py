@@ -5,7 +5,7 @@ The one mutable thing of the project is the model inside a space.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -19,10 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from meerkat.errors import MaskError
 from meerkat.spaces.example_gradients import has_example_gradients, summed_gradient
 from meerkat.spaces.mask_file import Mask
+from meerkat.spaces.overlay import Overlay
 from meerkat.spaces.sensitivity import backward_passes
 from meerkat.zo.state import Theta
 
 __all__ = ["MaskedSpace"]
+
+_OVERLAID_SHARE = 0.1
+"""Largest `Overlay.share`: above, writing is the faster way."""
 
 
 class MaskedSpace:
@@ -34,7 +38,8 @@ class MaskedSpace:
     training, so nothing drifts.
 
     Raises:
-        MaskError: The mask names a tensor that the model lacks, or has in another shape.
+        MaskError: The mask names a tensor that the model lacks, or has in another shape, or that is
+            quantised for another mask.
     """
 
     def __init__(self, model: nn.Module, mask: Mask):
@@ -49,9 +54,12 @@ class MaskedSpace:
             parameter = parameters.get(name)
             if parameter is None or tuple(parameter.shape) != shape:
                 raise MaskError(f"the mask's tensor {name} {shape} is not in this model")
-            flat = parameter.detach().view(-1)  # a view: raises where writing could not reach
-            whole = len(indices) == flat.numel()
-            where = None if whole else torch.from_numpy(indices).to(flat.device)
+            if (flat := _moving(parameter, indices)) is not None:
+                where = None
+            else:
+                flat = parameter.detach().view(-1)  # raises where writing could not reach
+                whole = len(indices) == flat.numel()
+                where = None if whole else torch.from_numpy(indices).to(flat.device)
             self._parts.append((flat, where, begin, begin + len(indices)))
             begin += len(indices)
         self._stored: list[torch.dtype] = [
@@ -66,6 +74,18 @@ class MaskedSpace:
     @cached_property
     def _of_linear_layers(self) -> bool:
         return has_example_gradients(self._model, self._mask)
+
+    @cached_property
+    def _overlay(self) -> Overlay | None:
+        if not self._of_linear_layers:
+            return None
+        found = Overlay(self._model, self._mask)
+        return found if found.share <= _OVERLAID_SHARE else None
+
+    @property
+    def overlays(self) -> bool:
+        """Do the masked coordinates lie in few rows and columns of linear layers?"""
+        return self._overlay is not None
 
     def read(self) -> Theta:
         """The masked weights as they are in the model now, as float32."""
@@ -85,6 +105,20 @@ class MaskedSpace:
         """Put back exactly the bits that the model had when the space was made."""
         for (flat, where, _, _), original in zip(self._parts, self._original, strict=True):
             self._put(flat, where, original)
+
+    @contextmanager
+    def overlaid(self, thetas: Sequence[Theta]) -> Iterator[None]:
+        """Meanwhile a pass over R equally long runs of tokens has run i at cast(`thetas[i]`)."""
+        if self._overlay is None:
+            raise ValueError("this mask cannot be overlaid")
+        values = torch.from_numpy(np.stack(thetas))
+        cast = {kind: values.to(kind[0], dtype=kind[1]).to(dtype=kind[2]) for kind in self._kinds}
+        changes = []
+        for (flat, where, begin, end), stored in zip(self._parts, self._stored, strict=True):
+            there = cast[flat.device, stored, flat.dtype][:, begin:end]
+            changes.append((there.float() - self._values(flat, where).float()).to(flat.dtype))
+        with self._overlay.applied(changes):
+            yield
 
     def gradient(
         self, parts: Iterable[Tensor], examples: int
@@ -150,6 +184,9 @@ class MaskedSpace:
                 for parameter, (flat, where, begin, end) in zip(
                     self._parameters.values(), self._parts, strict=True
                 ):
+                    if hasattr(parameter, "moving"):
+                        parameter.moving = forward_ad.make_dual(flat, values[begin:end].to(flat))
+                        continue
                     tangent = torch.zeros_like(flat)
                     self._put(tangent, where, values[begin:end].to(flat))
                     dual = forward_ad.make_dual(parameter.detach(), tangent.view_as(parameter))
@@ -157,7 +194,11 @@ class MaskedSpace:
                         module._parameters[name] = dual
                 yield
             finally:
-                for parameter in self._parameters.values():
+                for parameter, (flat, *_) in zip(
+                    self._parameters.values(), self._parts, strict=True
+                ):
+                    if hasattr(parameter, "moving"):
+                        parameter.moving = flat
                     for module, name in homes[id(parameter)]:
                         module._parameters[name] = parameter
 
@@ -175,3 +216,18 @@ class MaskedSpace:
 
 def _joined(parts: list[Tensor]) -> Float64[np.ndarray, " S"]:
     return torch.cat(parts).double().cpu().numpy()
+
+
+def _moving(parameter: Tensor, indices: np.ndarray) -> Tensor | None:
+    """What a quantised weight keeps in full: the values at these indices; None for any other.
+
+    Raises:
+        MaskError: It keeps those at other indices.
+    """
+    moving: Tensor | None = getattr(parameter, "moving", None)
+    if moving is None:
+        return None
+    places: Tensor | None = parameter.places  # type: ignore[attr-defined]
+    if places is None or not np.array_equal(places.cpu().numpy(), indices):
+        raise MaskError("the model is quantised around other coordinates than the mask has")
+    return moving

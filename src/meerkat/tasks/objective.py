@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int64
 
-__all__ = ["DifferentiableObjective", "Objective", "Predictions"]
+__all__ = ["CopyingObjective", "DifferentiableObjective", "Objective", "Predictions"]
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,16 @@ class DifferentiableObjective(Objective, Protocol):
 
         Each is computed when it is asked for, so the caller says in which mode.
         """
+
+
+@runtime_checkable
+class CopyingObjective(Objective, Protocol):
+    """An objective that takes a batch several times in one pass, for a space that overlays."""
+
+    def copies_per_pass(self, examples: Sequence[Any]) -> int:
+        """How many copies of a batch may go through one pass; 1 where that is no use."""
+
+    def losses_of_copies(
+        self, examples: Sequence[Any], copies: int
+    ) -> Float64[np.ndarray, "copies S"]:
+        """The losses of so many copies, which are equally long runs of the pass's tokens."""

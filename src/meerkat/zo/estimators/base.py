@@ -17,13 +17,23 @@ __all__ = [
     "DifferentiableLosses",
     "Estimate",
     "Estimator",
+    "JointLosses",
     "LossesAt",
     "differentiable",
+    "losses_at_each",
     "mean_loss",
 ]
 
 LossesAt: TypeAlias = Callable[[Theta | None], Float64[np.ndarray, " S"]]
 """Offset from θ (None is θ itself) → the loss of each example of the batch."""
+
+
+@runtime_checkable
+class JointLosses(Protocol):
+    """Losses of a batch that can be had at several offsets at once."""
+
+    def each(self, offsets: Sequence[Theta | None]) -> list[Float64[np.ndarray, " S"]]:
+        """The loss of each example at each offset."""
 
 
 @runtime_checkable
@@ -70,6 +80,15 @@ class Estimator(Protocol):
         Raises:
             DivergedError: A loss is not finite.
         """
+
+
+def losses_at_each(
+    losses_at: LossesAt, offsets: Sequence[Theta | None]
+) -> list[Float64[np.ndarray, " S"]]:
+    """The losses at each offset, at once where that is possible."""
+    if isinstance(losses_at, JointLosses):
+        return losses_at.each(offsets)
+    return [losses_at(offset) for offset in offsets]
 
 
 def differentiable(losses_at: Any) -> DifferentiableLosses:

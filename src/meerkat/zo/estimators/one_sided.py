@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from meerkat.zo.estimators.base import Estimate, LossesAt, mean_loss
+from meerkat.zo.estimators.base import Estimate, LossesAt, losses_at_each, mean_loss
 from meerkat.zo.state import Theta
 
 __all__ = ["OneSided", "OneSidedMean"]
@@ -32,8 +32,10 @@ class OneSided:
     def estimate(
         self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
     ) -> Estimate:
-        baseline = mean_loss(losses_at(None), "θ")
-        losses = [mean_loss(losses_at(z * z.dtype.type(epsilon)), "θ + ε z") for z in directions]
+        moves = [z * z.dtype.type(epsilon) for z in directions]
+        here, *moved = losses_at_each(losses_at, [None, *moves])
+        baseline = mean_loss(here, "θ")
+        losses = [mean_loss(found, "θ + ε z") for found in moved]
         return Estimate(tuple((loss - baseline) / epsilon for loss in losses), baseline)
 
 
@@ -53,7 +55,8 @@ class OneSidedMean:
     def estimate(
         self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
     ) -> Estimate:
-        losses = [mean_loss(losses_at(z * z.dtype.type(epsilon)), "θ + ε z") for z in directions]
+        moves = [z * z.dtype.type(epsilon) for z in directions]
+        losses = [mean_loss(found, "θ + ε z") for found in losses_at_each(losses_at, moves)]
         total, others = math.fsum(losses), len(losses) - 1
         slopes = tuple((loss - (total - loss) / others) / epsilon for loss in losses)
         return Estimate(slopes, total / len(losses))

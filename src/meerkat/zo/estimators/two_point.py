@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from meerkat.zo.estimators.base import Estimate, LossesAt, mean_loss
+from meerkat.zo.estimators.base import Estimate, LossesAt, losses_at_each, mean_loss
 from meerkat.zo.state import Theta
 
 __all__ = ["TwoPoint"]
@@ -24,11 +24,12 @@ class TwoPoint:
     def estimate(
         self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
     ) -> Estimate:
+        moves = [z * z.dtype.type(epsilon) for z in directions]
+        found = losses_at_each(losses_at, [offset for move in moves for offset in (move, -move)])
         slopes, middles = [], []
-        for z in directions:
-            move = z * z.dtype.type(epsilon)
-            above = mean_loss(losses_at(move), "θ + ε z")
-            below = mean_loss(losses_at(-move), "θ - ε z")
+        for place in range(0, len(found), 2):
+            above = mean_loss(found[place], "θ + ε z")
+            below = mean_loss(found[place + 1], "θ - ε z")
             slopes.append((above - below) / (2 * epsilon))
             middles.append((above + below) / 2)
         return Estimate(tuple(slopes), sum(middles) / len(middles))
