@@ -57,7 +57,7 @@ def _train(assembly: Assembly, rate: float) -> dict[int, dict[str, float]]:
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             measured = evaluate_objective(
-                objective, assembly.test, BATCH, assembly.metrics, step, assembly.progress
+                objective, assembly.test, assembly.metrics, step, assembly.progress
             )
             found[step] = dict(measured.metrics)
         if step == STEPS:

@@ -65,7 +65,7 @@ def main() -> None:
                 if step in options.steps:
                     worker.space.write(state.theta)
                     found = evaluate_objective(
-                        assembly.objective, assembly.test, 16, assembly.metrics
+                        assembly.objective, assembly.test, assembly.metrics
                     ).metrics
                     cells = f"{found['accuracy']:.3f} | {found['loss']:.3f}"
                     print(f"| {seed} | {step} | {arm} | {cells} |", flush=True)

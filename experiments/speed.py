@@ -6,6 +6,7 @@
     python experiments/speed.py dimensions  # θ_0 + B w, by k
     python experiments/speed.py steps       # of several methods, in one process
     python experiments/speed.py weights     # in 16, 8 and 4 bits: memory, time, accuracy
+    python experiments/speed.py clients     # up to 1,000 in one process, and on Ray
 
 Seconds are medians of passes in turn (A B A B) in one process with nothing else running; memory is
 measured in a process for each row. Mask and subspace are the demo's own, which `meerkat calibrate
@@ -18,6 +19,8 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import meerkat
 from meerkat.benchmarks.machine import (
     describe,
     interleaved,
@@ -39,8 +43,11 @@ from meerkat.benchmarks.step import demo_examples
 from meerkat.config import MaskSection, Recipe, load_recipe
 from meerkat.federation.client import Client, Worker
 from meerkat.federation.messages import RoundPlan
+from meerkat.federation.rounds import RoundRecord
+from meerkat.journal.records import RoundMetrics
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.evaluation import evaluate_objective
+from meerkat.runs.events import RunObserver
 from meerkat.spaces.mask_criteria import random_mask
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import combined
@@ -231,7 +238,7 @@ def as_loaded(*settings: str) -> dict[str, float]:
     held = sum(getattr(parameter, "held_bytes", parameter.nbytes) for parameter in parameters)
     batch = found.client(0).batch(0)
     taken = interleaved({"pass": lambda: seconds(lambda: worker.objective.losses(batch))}, REPEATS)
-    measured = evaluate_objective(found.objective, found.test, 16, found.metrics)
+    measured = evaluate_objective(found.objective, found.test, found.metrics)
     return {
         "mb": held / 1e6,
         "of_bf16": held / (2 * sum(parameter.numel() for parameter in parameters)),
@@ -241,7 +248,38 @@ def as_loaded(*settings: str) -> dict[str, float]:
     }
 
 
+class _Rounds(RunObserver):
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def round_closed(self, record: RoundRecord, metrics: RoundMetrics) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def clients() -> None:
+    """SmolLM2, IID parts, a random mask, two-point steps of 4 examples, four rounds."""
+    print("| engine | clients | sampled | seconds a round | ms a client | peak of this process |")
+    settings = ["model.name=demo:smollm2-135m", "subspace.kind=none", "mask.kind=random"]
+    settings += ["federation.batch_size=4", "evaluation.examples=16", "federation.rounds=4"]
+    settings += ['federation.partition={kind="iid"}']
+    for engine in ("local", "flower"):
+        for held, sampled in ((4, 4), (64, 64), (1000, 64)):
+            sizes = [f"federation.clients={held}", f"federation.clients_per_round={sampled}"]
+            recipe = recipe_of(*settings, *sizes, f"runtime.engine={engine}")
+            watch = _Rounds()
+            reset_peak()
+            with tempfile.TemporaryDirectory() as scratch:
+                meerkat.run(recipe, Path(scratch) / "run", observers=[watch])
+            taken = float(np.median(np.diff(watch.ends)))
+            print(
+                f"| {engine} | {held} | {sampled} | {taken:.2f} | {1e3 * taken / sampled:.0f} | "
+                f"{peak_bytes() / 1e6:.0f} MB |",
+                flush=True,
+            )
+
+
 TABLES = {
+    "clients": clients,
     "together": together,
     "tokens": tokens,
     "values": values,

@@ -80,6 +80,8 @@ def arms(out: Path) -> dict[str, list[str]]:
         found[f"demo/random-s{seed}"] = ["subspace.kind=random", "subspace.dimensions=32", *own]
         for name, settings in MASKS.items():
             found[f"masks/{name}-s{seed}"] = [*settings, *own]
+        for kept in ("int8", "int4"):
+            found[f"weights/{kept}-s{seed}"] = [f"runtime.weights={kept}", *own]
     every = ["evaluation.every=30", "evaluation.examples=512"]
     for model, name in MODELS.items():
         for task in TASKS:

@@ -27,8 +27,9 @@ class Arm:
 
     batch: int = 4
     directions: int = 7
-    sides: Literal["one", "two", "others"] = "one"
-    """g from a point and w, from both sides, or from a point and the mean of the other points."""
+    sides: Literal["one", "two", "others", "each", "each-two"] = "one"
+    """g from a point and w, from both sides, or from a point and the mean of the other points; or
+    each example has a direction of its own, from one side or both."""
     own: bool = False
     """Directions of each client's own."""
     kind: Literal["orthogonal", "gaussian", "rademacher"] = "orthogonal"
@@ -103,8 +104,14 @@ def estimated(batch: Part, w: np.ndarray, z: np.ndarray, arm: Arm) -> tuple[np.n
         gradient = batch.gradient(w)
         return gradient, gradient
     epsilon = 0.6 / np.sqrt(len(w))
-    above = batch.losses(w[:, None] + epsilon * z.T).mean(axis=0)
-    if arm.sides == "two":
+    losses = batch.losses(w[:, None] + epsilon * z.T)
+    above = losses.mean(axis=0)
+    if arm.sides == "each":
+        scalars = (losses.diagonal() - batch.losses(w)) / epsilon
+    elif arm.sides == "each-two":
+        below = batch.losses(w[:, None] - epsilon * z.T).diagonal()
+        scalars = (losses.diagonal() - below) / (2 * epsilon)
+    elif arm.sides == "two":
         below = batch.losses(w[:, None] - epsilon * z.T).mean(axis=0)
         scalars = (above - below) / (2 * epsilon)
     elif arm.sides == "others":

@@ -42,6 +42,8 @@ def step(out: Path) -> None:
         "4 two-point of 4": Arm(4, 4, "two"),
         "8 of 4, less the others' mean": Arm(4, 8, "others"),
         "4 of 8, less the others' mean": Arm(8, 4, "others"),
+        "16 examples, each its own, one-sided": Arm(16, 16, "each"),
+        "16 examples, each its own, two-point": Arm(16, 16, "each-two"),
         "7 one-sided of 4, own": replace(usual, own=True),
         "1 two-point of 16, own": replace(TWO_POINT, own=True),
         "7 one-sided of 4, Gaussian": replace(usual, kind="gaussian"),

@@ -280,10 +280,9 @@ def evaluate(
     if split == "train":
         swapped = Split(assembly.split.train, assembly.split.train)
         assembly = dataclasses.replace(assembly, split=swapped)
-    size, metrics = parsed.federation.batch_size, assembly.metrics
     try:
         return evaluate_objective(
-            assembly.objective, assembly.test, size, metrics, progress=progress
+            assembly.objective, assembly.test, assembly.metrics, progress=progress
         )
     finally:
         if space is not None:

@@ -122,14 +122,21 @@ def test_an_estimate_of_time_is_made_of_measured_passes(
         clock[0] += 1.0
         return losses(self, examples)
 
+    predict = TextObjective.predict
+
+    def predicted(self: TextObjective, examples: Any) -> Any:
+        clock[0] += 0.1 * len(examples)
+        return predict(self, examples)
+
     monkeypatch.setattr(TextObjective, "losses", slow)
+    monkeypatch.setattr(TextObjective, "predict", predicted)
     monkeypatch.setattr(planning.time, "perf_counter", lambda: clock[0])
     data = merged(tiny_recipe_data, noise={"perturbations": 2}, mask={"kind": "random"})
     found = plan_run(parse_recipe(data), measure=True).seconds
     assert found is not None
     assert (found.forward, found.step, found.mask, found.subspace) == (1.0, 4.0, 0.0, 0.0)
     assert found.training == 4 * 3 * 2 * 4  # passes, clients, steps, rounds
-    assert found.evaluating == 2 * 20 / 4
+    assert found.evaluating == pytest.approx(2 * 20 * 0.1)
     sensitive = merged(tiny_recipe_data, noise={"perturbations": 2})
     together = plan_run(parse_recipe(sensitive), measure=True).seconds
     assert together is not None

@@ -27,6 +27,10 @@ _LOGITS_PER_PASS = 2**26
 """Most float32 logits over the whole vocabulary in one pass: 256 MiB, twice for the softmax."""
 
 
+_PREDICTED_PER_PASS = 1024
+"""Most tokens in one pass of an evaluation: more make it no faster (docs/results/speed.md)."""
+
+
 class TextObjective:
     """The `Objective` of a task over text (method.md section 3, Loss of a classification task).
 
@@ -134,7 +138,7 @@ class TextObjective:
     def predict(self, examples: Sequence[Encoded]) -> Predictions:
         """Losses, and the answer with the highest score of each example."""
         losses, best = [], []
-        for batch in self.packs(examples):
+        for batch in self.packs(examples, min(self._tokens_per_pass, _PREDICTED_PER_PASS)):
             moved = batch.to(self.device)
             scores = self.scores(moved)
             losses.append(_losses(scores, moved).cpu())
@@ -164,11 +168,18 @@ class TextObjective:
         batch = batch.to(self.device)
         return _losses(self.scores(batch), batch)
 
-    def packs(self, examples: Sequence[Encoded]) -> Iterator[PackedBatch]:
-        """Examples as batches of one pass each, in order, by what a pass may hold."""
+    def packs(
+        self, examples: Sequence[Encoded], tokens: int | None = None
+    ) -> Iterator[PackedBatch]:
+        """Examples as batches of one pass each, in order, by what a pass may hold.
+
+        Args:
+            tokens: Most tokens of a pass, instead of `tokens_per_pass`.
+        """
         one_token = all(len(answer) == 1 for e in examples for answer in e.answers)
         free = one_token and len(examples[0].answers) > 1  # only the answers' rows are multiplied
-        return packs(examples, self._tokens_per_pass, None if free else self._scored_per_pass)
+        budget = self._tokens_per_pass if tokens is None else tokens
+        return packs(examples, budget, None if free else self._scored_per_pass)
 
     def scores(
         self, batch: PackedBatch, single: PackedBatch | None = None

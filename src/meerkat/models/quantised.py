@@ -4,9 +4,9 @@ What moves keeps its own values, in the type that the model stores: mask, states
 exports are those of the model as it is, and a client may quantise whatever others do. Each pass
 makes a weight anew, layer by layer, so a matrix in full is there only while it is multiplied.
 
-A quantised value is an integer times its row's scale, or that of a group of 32 within the row:
-max |w| of the group over 127, or over 7. Rounding and division are exact IEEE operations, so the
-quantised weights have the same bits on every machine.
+With 8 bits a value is an integer times its row's scale, max |w| over 127. With 4 it is the lowest
+value of its group, 32 in a row, plus an integer times a fifteenth of the group's range. All of
+that is exact IEEE operations, so the quantised weights have the same bits on every machine.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class QuantisedWeight(Tensor):
     codes: Tensor
     """int8 (rows, columns), or uint8 with two values a byte."""
     scales: Float[Tensor, "rows groups"]
+    lows: Float[Tensor, "rows groups"] | None
+    """The lowest value of each group, with 4 bits."""
     bits: Bits
     places: Int64[Tensor, " m"] | None
     """Flat indices of the values that move."""
@@ -53,7 +55,7 @@ class QuantisedWeight(Tensor):
             cls, weight.shape, dtype=weight.dtype, device=weight.device
         )
         made.bits = bits
-        made.codes, made.scales = _coded(weight, bits)
+        made.codes, made.scales, made.lows = _coded(weight, bits)
         where = None if places is None else torch.from_numpy(places).to(weight.device)
         made.places = where
         flat = weight.detach().view(-1)
@@ -69,12 +71,13 @@ class QuantisedWeight(Tensor):
     @property
     def held_bytes(self) -> int:
         """Of all that is kept of the matrix."""
-        parts = [self.codes, self.scales, self.moving]
-        return sum(p.nbytes for p in parts) + (0 if self.places is None else self.places.nbytes)
+        parts = (self.codes, self.scales, self.lows, self.moving, self.places)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def rows(self, chosen: slice | Int64[Tensor, " r"]) -> Float[Tensor, "r columns"]:
         """Some rows in full, without what moves in them."""
-        return _decoded(self.codes[chosen], self.scales[chosen], self.bits).to(self.dtype)
+        lows = None if self.lows is None else self.lows[chosen]
+        return _decoded(self.codes[chosen], self.scales[chosen], lows).to(self.dtype)
 
     def whole(self) -> Float[Tensor, "rows columns"]:
         """The matrix in full, with what moves."""
@@ -141,29 +144,37 @@ def quantise(model: nn.Module, bits: Bits, moving: Mapping[str, np.ndarray]) -> 
             module._parameters[attribute] = made
 
 
-def _coded(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """Codes and scales, some rows at a time."""
-    codes, scales = zip(*(_coded_rows(part, bits) for part in weight.split(_ROWS)), strict=True)
-    return torch.cat(codes), torch.cat(scales)
+def _coded(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and lowest values, some rows at a time."""
+    code = _eight if bits == 8 else _four
+    codes, scales, lows = zip(*(code(part.float()) for part in weight.split(_ROWS)), strict=True)
+    return torch.cat(codes), torch.cat(scales), None if bits == 8 else torch.cat(lows)
 
 
-def _coded_rows(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    rows, columns = weight.shape
-    groups, most = (1, 127) if bits == 8 else (columns // GROUP, 7)
-    parts = weight.float().view(rows, groups, -1)
-    scales = parts.abs().amax(2) / most
-    whole = (parts / torch.where(scales > 0, scales, 1.0)[..., None]).round().view(rows, columns)
-    if bits == 8:
-        return whole.to(torch.int8), scales
-    shifted = (whole + 8).to(torch.uint8)
-    return shifted[:, ::2] | shifted[:, 1::2] << 4, scales
+def _eight(weight: Tensor) -> tuple[Tensor, Tensor, None]:
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / _nonzero(scales)).round().to(torch.int8), scales, None
 
 
-def _decoded(codes: Tensor, scales: Tensor, bits: Bits) -> Float[Tensor, "rows columns"]:
-    if bits == 8:
+def _four(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = weight.view(len(weight), -1, GROUP)
+    lows, highs = groups.aminmax(dim=2)
+    scales = (highs - lows) / 15
+    whole = ((groups - lows[..., None]) / _nonzero(scales)[..., None]).round()
+    codes = whole.clamp(0, 15).to(torch.uint8).view(weight.shape)
+    return codes[:, ::2] | codes[:, 1::2] << 4, scales, lows
+
+
+def _nonzero(scales: Tensor) -> Tensor:
+    """Where all values are the same there is nothing to divide by."""
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def _decoded(codes: Tensor, scales: Tensor, lows: Tensor | None) -> Float[Tensor, "rows columns"]:
+    if lows is None:
         return codes.float() * scales
-    values = torch.stack([codes & 15, codes >> 4], -1).view(len(codes), scales.shape[1], -1)
-    return ((values.float() - 8) * scales[..., None]).flatten(1)
+    values = torch.stack([codes & 15, codes >> 4], -1).view(*scales.shape, GROUP).float()
+    return (values * scales[..., None] + lows[..., None]).flatten(1)
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:

@@ -237,8 +237,7 @@ class ClientSession:
         examples = self._runtime.held_out(self._node.client)
         worker.space.write(worker.state.theta)
         assembly = self._runtime.assembly
-        size = assembly.recipe.federation.batch_size
-        found = evaluation_sums(worker.objective, examples, size, assembly.metrics)
+        found = evaluation_sums(worker.objective, examples, assembly.metrics)
         if not all(np.isfinite(sums).all() for sums in found.values()):
             raise DivergedError("the loss on its held-out examples is not finite")
         sums = {name: tuple(values.tolist()) for name, values in found.items()}

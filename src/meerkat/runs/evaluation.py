@@ -13,18 +13,21 @@ from meerkat.tasks.objective import Objective
 
 __all__ = ["evaluate_objective", "evaluation_sums"]
 
+_BATCH = 32
+"""Examples that an objective is given at a time: more than a small batch of training has."""
+
 
 def evaluate_objective(
     objective: Objective,
     examples: Sequence[Any],
-    batch_size: int,
     metrics: Sequence[str],
     round: int = 0,
     progress: Progress | None = None,
+    batch_size: int = _BATCH,
 ) -> Evaluated:
     """The metrics of these names at the weights as they are."""
     started = time.monotonic()
-    sums = evaluation_sums(objective, examples, batch_size, metrics, progress)
+    sums = evaluation_sums(objective, examples, metrics, progress, batch_size)
     values = metric_values(sums, len(examples))
     return Evaluated(round, values, len(examples), time.monotonic() - started)
 
@@ -32,9 +35,9 @@ def evaluate_objective(
 def evaluation_sums(
     objective: Objective,
     examples: Sequence[Any],
-    batch_size: int,
     metrics: Sequence[str],
     progress: Progress | None = None,
+    batch_size: int = _BATCH,
 ) -> dict[str, Sums]:
     """Sums of each metric, which a client may send and a server add up."""
     progress = progress or Progress()

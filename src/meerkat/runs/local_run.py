@@ -99,7 +99,6 @@ def _execute(
         return evaluate_objective(
             assembly.objective,
             assembly.test,
-            recipe.federation.batch_size,
             assembly.metrics,
             round,
             progress,

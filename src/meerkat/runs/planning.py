@@ -327,7 +327,7 @@ class _Planner:
             elif kept == "int8":
                 found += parameter.numel() + 4 * len(parameter)
             else:
-                found += parameter.numel() // 2 + 4 * parameter.numel() // GROUP
+                found += parameter.numel() // 2 + 8 * parameter.numel() // GROUP
         return found
 
     def _copies(self, tokens: int) -> int:
@@ -387,6 +387,8 @@ class _Planner:
         copies = self._copies(tokens)
         forward = _median(lambda: assembly.objective.losses(batch))
         together = _median(lambda: assembly.objective.losses(batch * copies)) if copies > 1 else 0
+        some = assembly.test[:32]
+        predicting = _median(lambda: assembly.objective.predict(some))
         size = recipe.federation.batch_size
         kept = model.kept_blocks / max(1, model.blocks)
         a_step = passes.forward_a_step / size
@@ -406,7 +408,7 @@ class _Planner:
             mask=a_token * of_mask if self._calibrated else 0.0,
             subspace=_BACKWARD * forward / size * of_texts,
             training=forward * a_step * steps,
-            evaluating=forward / size * passes.evaluating,
+            evaluating=predicting / len(some) * passes.evaluating,
         )
 
     @property
