@@ -7,7 +7,7 @@ training on clients' data: no method of federation, and gigabytes of state a ste
     python experiments/first_order.py runs/first-order gemma-rotten_tomatoes gemma-debian_sections
     python experiments/first_order.py runs/first-order smollm2-rotten_tomatoes --rate 1e-5 --seed 1
 
-Prints accuracy (and loss) before, after 30 and after 60 steps; a result that is there is printed
+Prints accuracy (and loss) before and after each 30 of 60 steps; a result that is there is printed
 and not made again.
 """
 
@@ -24,12 +24,14 @@ from meerkat.config import load_recipe
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.evaluation import evaluate_objective
 
-STEPS, BATCH, EVERY = 60, 16, 30
+STEPS, BATCH = 60, 16
 
 
-def train(model: str, task: str, rate: float, seed: int, out: Path) -> dict[int, dict[str, float]]:
+def train(
+    model: str, task: str, rate: float, seed: int, every: int, out: Path
+) -> dict[int, dict[str, float]]:
     """Metrics by number of steps."""
-    path = out / f"{model}-{task}-{rate:g}-s{seed}.json"
+    path = out / f"{model}-{task}-{rate:g}-s{seed}{'' if every == 30 else f'-every-{every}'}.json"
     if path.exists():
         return {int(step): found for step, found in json.loads(path.read_text()).items()}
     settings = [
@@ -40,13 +42,13 @@ def train(model: str, task: str, rate: float, seed: int, out: Path) -> dict[int,
         f"federation.batch_size={BATCH}",
         "evaluation.examples=512",
     ]
-    found = _train(assemble(load_recipe(RECIPE, settings)), rate)
+    found = _train(assemble(load_recipe(RECIPE, settings)), rate, every)
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found))
     return found
 
 
-def _train(assembly: Assembly, rate: float) -> dict[int, dict[str, float]]:
+def _train(assembly: Assembly, rate: float, every: int) -> dict[int, dict[str, float]]:
     objective, clients = assembly.objective, assembly.clients()
     parameters = list(assembly.loaded.model.parameters())
     for parameter in parameters:
@@ -55,7 +57,7 @@ def _train(assembly: Assembly, rate: float) -> dict[int, dict[str, float]]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     found = {}
     for step in range(STEPS + 1):
-        if step % EVERY == 0:
+        if step % every == 0:
             measured = evaluate_objective(
                 objective, assembly.test, assembly.metrics, step, assembly.progress
             )
@@ -78,9 +80,10 @@ def main() -> None:
     parser.add_argument("pair", nargs="+", choices=sorted(pairs))
     parser.add_argument("--rate", type=float, default=2e-5, help="η (2e-5)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=30, help="steps between evaluations (30)")
     options = parser.parse_args()
     for pair in options.pair:
-        found = train(*pairs[pair], options.rate, options.seed, options.out)
+        found = train(*pairs[pair], options.rate, options.seed, options.every, options.out)
         cells = [f"{s}: {m['accuracy']:.3f} ({m['loss']:.3f})" for s, m in sorted(found.items())]
         print(f"{pair:32} η {options.rate:g}  seed {options.seed}  {'  '.join(cells)}", flush=True)
 

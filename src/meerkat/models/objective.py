@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,8 @@ class TextObjective:
         """
         seen: list[int] = []
 
-        def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen.append(arguments[0].shape[:-1].numel())
+        def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            seen.append(arguments[0].shape[:-1].numel() if arguments else 0)
 
         handles = [layer.register_forward_pre_hook(see) for layer in layers]
         batch = pack([Encoded(tuple(range(3, 10)), ((5,), (6,)), 0)] * 2)
