@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 from builders import merged
+from peers import RemoteRun, local_run
 
 import meerkat
 from meerkat.config import parse_recipe
 from meerkat.federation.rounds import RoundRecord
+from meerkat.journal import Journal
 from meerkat.journal.records import RoundMetrics
 from meerkat.models.quantised import QuantisedWeight
+from meerkat.node.config import NodeConfig
 from meerkat.runs.assembly import assemble
 from meerkat.runs.events import RunObserver
 from meerkat.runs.planning import plan_run
+from meerkat.runs.remote_run import load_server_mask
 from meerkat.spaces.mask_file import load_mask
 
 SUBSPACE = {"dimensions": 4, "texts": 12}
@@ -99,3 +104,24 @@ def test_a_plan_counts_the_bytes_that_are_kept(data: dict[str, Any]) -> None:
             for p in parameters
         )
         assert plan_run(recipe).memory.weights == held
+
+
+def test_clients_of_one_run_keep_weights_in_bits_of_their_own(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nobody refuses anybody: all have the same θ, and the one that rounds nothing reports what it
+    would report among its like."""
+    recipe = parse_recipe(merged(data, runtime={"tokens_together": 0}))
+    local = local_run(recipe, tmp_path / "local")
+    mask = load_server_mask(tmp_path / "local" / "mask.safetensors")
+    nodes = [NodeConfig(0), NodeConfig(1, weights="int8"), NodeConfig(2, weights="int4")]
+    found = RemoteRun(recipe, tmp_path / "mixed", mask, nodes).run()
+    assert found["state_digest"] != local["state_digest"]
+    assert meerkat.replay(tmp_path / "mixed").digest == found["state_digest"]
+    scalars = []
+    for out in ("local", "mixed"):
+        with closing(Journal.open(tmp_path / out / "journal.sqlite")) as journal:
+            first = next(iter(journal.records()))[0]
+            assert len(first.reports) == 3
+            scalars.append([report.scalars for report in first.reports])
+    assert [ours == theirs for ours, theirs in zip(*scalars, strict=True)] == [True, False, False]
