@@ -23,6 +23,7 @@ import numpy as np
 
 import meerkat
 from meerkat.config import load_recipe
+from meerkat.config.automatic import subspace_epsilon, subspace_rate
 from meerkat.data.clients import load_partition
 from meerkat.journal import Journal
 from meerkat.tasks import resolve_task
@@ -36,6 +37,7 @@ MIXED = ["optimizer.exact_clients=[0, 1]"]  # of four; the others report as the 
 UNASKED = ["subspace.least_rank=0", "subspace.least_spread=0"]
 """A subspace whether it fits the clients' texts or not; the arms `-asked` do what the rules say."""
 SHORT = ["federation.rounds=30", "optimizer.learning_rate=0.15", "optimizer.epsilon=0.04"]
+K = 32
 MODELS = {"gemma": "demo:gemma-3-270m", "smollm2": "demo:smollm2-135m"}
 TASKS = (
     "rotten_tomatoes",
@@ -44,6 +46,8 @@ TASKS = (
     "wordnet_pairs",
     "chinese_reviews",
 )
+FACTORS = (0.75, 1.5, 2.0)
+"""On the rate and ε of Eq. 20: a search for the aligned subspace, as RATES are one for plain."""
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 
 
@@ -95,6 +99,10 @@ def arms(out: Path) -> dict[str, list[str]]:
                 found[f"pairs/{model}-{task}-own{end}"] = own
                 found[f"pairs/{model}-{task}-short-own{end}"] = [*own, *SHORT]
                 found[f"pairs/{model}-{task}-asked{end}"] = pair
+                for factor in FACTORS:
+                    rate, epsilon = factor * subspace_rate(K, 7), factor * subspace_epsilon(K)
+                    longer = [f"optimizer.learning_rate={rate}", f"optimizer.epsilon={epsilon}"]
+                    found[f"pairs/{model}-{task}-times-{factor:g}{end}"] = [*aligned, *longer]
                 for rate in RATES:
                     settings = [*PLAIN, f"optimizer.learning_rate={rate}", *pair]
                     found[f"pairs/{model}-{task}-plain-{rate:g}{end}"] = settings
@@ -137,7 +145,7 @@ def evaluations(directory: Path) -> dict[int, dict[str, float]]:
 def made(out: Path) -> Iterator[tuple[str, dict[int, dict[str, float]]]]:
     """The arms that are there, in the order of `arms`."""
     for arm in arms(out):
-        if (out / arm / "recipe.json").exists():
+        if (out / arm / "journal.sqlite").exists():
             yield arm, evaluations(out / arm)
 
 
