@@ -17,6 +17,7 @@ from meerkat.federation.rounds import RoundRecord
 from meerkat.journal import Journal
 from meerkat.journal.records import RoundMetrics
 from meerkat.models.quantised import QuantisedWeight
+from meerkat.node import runtime
 from meerkat.node.config import NodeConfig
 from meerkat.runs.assembly import assemble
 from meerkat.runs.events import RunObserver
@@ -125,3 +126,21 @@ def test_clients_of_one_run_keep_weights_in_bits_of_their_own(
             assert len(first.reports) == 3
             scalars.append([report.scalars for report in first.reports])
     assert [ours == theirs for ours, theirs in zip(*scalars, strict=True)] == [True, False, False]
+
+
+def test_a_process_has_the_next_run_with_another_mask(data: dict[str, Any], tmp_path: Path) -> None:
+    """The model of the first run is quantised around its mask, so the second loads it again."""
+    recipe = parse_recipe(merged(data, runtime={"weights": "int8"}))
+    other = parse_recipe(merged(data, mask={"kind": "magnitude"}))
+    masks = []
+    for name, calibrated in (("one", recipe), ("other", other)):
+        meerkat.calibrate(calibrated, out=tmp_path / name)
+        masks.append(load_server_mask(tmp_path / name))
+    assert masks[0].fingerprint != masks[1].fingerprint
+    digests = []
+    for number, mask in enumerate([masks[1], masks[0], masks[1]]):
+        if not number:
+            runtime._leave_all()
+            runtime._assemblies.clear()
+        digests.append(RemoteRun(recipe, tmp_path / f"run{number}", mask).run()["state_digest"])
+    assert digests[0] == digests[2] != digests[1]

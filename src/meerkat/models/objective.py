@@ -80,6 +80,9 @@ class TextObjective:
         changes, does not see all tokens of a pass in one call: some architectures send each token
         to some of their layers only.
         """
+        self._tokens_together = 0
+        if self._compiled or not tokens:
+            return
         seen: list[int] = []
 
         def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -93,8 +96,8 @@ class TextObjective:
         finally:
             for handle in handles:
                 handle.remove()
-        whole = seen == [batch.tokens] * len(layers)
-        self._tokens_together = tokens if whole and not self._compiled else 0
+        if seen == [batch.tokens] * len(layers):
+            self._tokens_together = tokens
 
     def copies_per_pass(self, examples: Sequence[Encoded]) -> int:
         """How many copies of a batch may go through one pass; 1 where that is no use."""

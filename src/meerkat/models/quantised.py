@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["GROUP", "Bits", "QuantisedWeight", "quantise"]
+__all__ = ["GROUP", "Bits", "QuantisedWeight", "keeps", "quantise"]
 
 Bits: TypeAlias = Literal[8, 4]
 GROUP = 32
@@ -142,6 +142,20 @@ def quantise(model: nn.Module, bits: Bits, moving: Mapping[str, np.ndarray]) -> 
         made.stored_dtype = stored  # type: ignore[attr-defined]
         for module, attribute in found:
             module._parameters[attribute] = made
+
+
+def keeps(model: nn.Module, moving: Mapping[str, np.ndarray]) -> bool:
+    """Is a model quantised around these values, or not at all?"""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, QuantisedWeight):
+            continue
+        places, wanted = parameter.places, moving.get(name)
+        if places is None or wanted is None:
+            if places is not None or wanted is not None:
+                return False
+        elif not np.array_equal(places.cpu().numpy(), wanted):
+            return False
+    return True
 
 
 def _coded(weight: Tensor, bits: Bits) -> tuple[Tensor, Tensor, Tensor | None]:

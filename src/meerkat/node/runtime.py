@@ -9,6 +9,7 @@ from pathlib import Path
 from meerkat.config import Recipe
 from meerkat.data.clients import held_out_shard
 from meerkat.federation.client import Client, Worker
+from meerkat.models.quantised import keeps
 from meerkat.node.config import NodeConfig
 from meerkat.runs.assembly import Assembly, EncodedExamples, assemble
 from meerkat.spaces.mask_file import load_mask
@@ -114,7 +115,13 @@ def runtime_of(node: NodeConfig, recipe: Recipe, setup: Setup, mask: Path) -> Cl
     key = repr((_shared(node), setup.recipe, setup.proof, setup.position, mask))
     if key not in _runtimes:
         _leave_all()
-        assembly = replace(assembly_of(node, recipe, setup), mask_file=mask)
+        assembly = assembly_of(node, recipe, setup)
+        if recipe.runtime.weights != "stored":
+            found = load_mask(mask, parameters=assembly.loaded.parameters)
+            if not keeps(assembly.loaded.model, dict(zip(found.names, found.indices, strict=True))):
+                _assemblies.clear()  # an earlier run had another mask, and its weights are rounded
+                assembly = assembly_of(node, recipe, setup)
+        assembly = replace(assembly, mask_file=mask)
         own = node.data is not None
         _runtimes[key] = ClientRuntime(assembly, mask, own, setup.position)
     _runtimes[key].join(setup.session)
