@@ -1,11 +1,13 @@
 """What a step costs, and how that grows: the tables of docs/results/speed.md.
 
     python experiments/speed.py together    # passes of a step one by one, and as one
+    python experiments/speed.py shares      # what S x takes of W x, by mask
     python experiments/speed.py tokens      # a forward pass, by its tokens
     python experiments/speed.py values      # noise, update and writing, by n
     python experiments/speed.py dimensions  # θ_0 + B w, by k
     python experiments/speed.py steps       # of several methods, in one process
     python experiments/speed.py weights     # in 16, 8 and 4 bits: memory, time, accuracy
+    python experiments/speed.py kernels     # ways to multiply with int8 weights
     python experiments/speed.py clients     # up to 1,000 in one process, and on Ray
 
 Seconds are medians of passes in turn (A B A B) in one process with nothing else running; memory is
@@ -16,12 +18,14 @@ recipes/demo.toml` makes and keeps.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 import meerkat
 from meerkat.benchmarks.machine import (
@@ -45,11 +50,13 @@ from meerkat.federation.client import Client, Worker
 from meerkat.federation.messages import RoundPlan
 from meerkat.federation.rounds import RoundRecord
 from meerkat.journal.records import RoundMetrics
+from meerkat.models.quantised import QuantisedWeight
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
 from meerkat.spaces.mask_criteria import random_mask
 from meerkat.spaces.masked import MaskedSpace
+from meerkat.spaces.overlay import Overlay
 from meerkat.spaces.subspace import combined
 from meerkat.zo.axes import Along
 from meerkat.zo.noise import NoiseKey, draw
@@ -133,6 +140,27 @@ def _child(table: str, *settings: str) -> Any:
     command = [sys.executable, __file__, table, *settings]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def shares() -> None:
+    """In how much of their matrices the rows and columns of masked coordinates cross."""
+    print("| model | mask | matrices | rows | columns | share |")
+    for model in ("demo:gemma-3-270m", "demo:smollm2-135m"):
+        for kind in ("sensitivity", "magnitude", "random"):
+            settings = (f"model.name={model}", f"mask.kind={kind}", "subspace.kind=none")
+            found = assemble(recipe_of(*settings))
+            mask = found.found_mask.mask
+            rows = columns = all_rows = all_columns = 0
+            for shape, indices in zip(mask.shapes, mask.indices, strict=True):
+                row, column = np.divmod(indices, shape[1])
+                rows, columns = rows + len(np.unique(row)), columns + len(np.unique(column))
+                all_rows, all_columns = all_rows + shape[0], all_columns + shape[1]
+            share = Overlay(found.loaded.model, mask).share
+            print(
+                f"| {model} | {kind} | {len(mask.names)} | {rows} of {all_rows} | "
+                f"{columns} of {all_columns} | {share:.3f} |",
+                flush=True,
+            )
 
 
 def tokens() -> None:
@@ -248,6 +276,33 @@ def as_loaded(*settings: str) -> dict[str, float]:
     }
 
 
+def kernels() -> None:
+    """493 × 640 by 640 × 2048 in float32 on one thread, with weights in int8."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, layer = torch.randn(493, 640), nn.Linear(640, 2048, bias=False).requires_grad_(False)
+    ours = QuantisedWeight(layer.weight.detach(), 8, None)
+    scales = ours.scales.flatten()
+    ways: dict[str, Callable[[], object]] = {
+        "float32": lambda: linear(x, layer.weight),
+        "made anew (ours)": lambda: linear(x, ours),
+        "torch._weight_int8pack_mm": lambda: torch._weight_int8pack_mm(x, ours.codes, scales),
+    }
+    with suppress(ImportError):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_  # type: ignore
+
+        theirs = nn.Sequential(copy.deepcopy(layer))
+        quantize_(theirs, Int8WeightOnlyConfig())
+        ways["torchao, Int8WeightOnlyConfig"] = lambda: theirs(x)
+    with torch.inference_mode():
+        taken = interleaved({name: partial(seconds, run) for name, run in ways.items()}, REPEATS)
+    torch.set_num_threads(threads)
+    print("| weights | ms |")
+    for name, value in taken.items():
+        print(f"| {name} | {1e3 * value:.1f} |")
+
+
 class _Rounds(RunObserver):
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -284,6 +339,8 @@ TABLES = {
     "tokens": tokens,
     "values": values,
     "dimensions": dimensions,
+    "kernels": kernels,
+    "shares": shares,
     "steps": steps,
     "weights": weights,
 }

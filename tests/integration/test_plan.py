@@ -98,6 +98,8 @@ def test_memory_follows_the_recipe(tiny_recipe_data: dict[str, Any]) -> None:
     for tokens, copies in ((10**6, 2), (2 * 4 * 64, 2), (2 * 4 * 64 - 1, 1)):  # of 4 examples
         found = memory(subspace=SUBSPACE, runtime={"tokens_together": tokens})
         assert found.activations == copies * one_by_one.activations
+    magnitude = {"mask": {"kind": "magnitude"}, "subspace": SUBSPACE}
+    assert memory(**magnitude).activations == 2 * one_by_one.activations
     random = {"mask": {"kind": "random"}, "runtime": {"tokens_together": 10**6}}
     assert memory(**random) == memory(mask={"kind": "random"}, runtime={"tokens_together": 0})
     assert exact.making_the_subspace > exact.weights

@@ -201,6 +201,21 @@ def test_where_it_is_no_use_it_is_not_done() -> None:
         pass
 
 
+@pytest.mark.parametrize("kind", ["one-token", "multi-token"])
+def test_the_gradient_of_a_masked_head_is_its_slope(kind: str) -> None:
+    """Where answers are one token, a pass multiplies their rows of the head alone."""
+    loaded = tiny_model("llama")
+    section = MaskSection(include=("lm_head.weight",))
+    parameters = eligible_parameters(loaded.model, section)
+    space = MaskedSpace(loaded.model, full_mask(parameters, loaded.fingerprint))
+    objective, batch = TextObjective(loaded, 10_000), examples(kind)
+    direction = np.random.default_rng(0).standard_normal(space.size).astype(np.float32)
+    _, gradient = space.gradient(objective.losses_with_graph(batch), len(batch))
+    _, slopes = space.slopes(objective.losses_with_graph(batch), direction)
+    assert float(gradient @ direction) == pytest.approx(slopes.mean(), rel=1e-3)
+    assert abs(slopes.mean()) > 1e-3
+
+
 def test_a_pass_takes_no_more_tokens_than_it_may() -> None:
     loaded = tiny_model("llama")
     mask, batch = narrow_mask(loaded), make_text_examples(6)

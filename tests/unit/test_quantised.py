@@ -222,6 +222,19 @@ def test_matrices_that_move_outside_linear_layers_stay() -> None:
         before.restore()
 
 
+def test_a_mask_in_and_outside_linear_layers_has_slopes_and_no_gradient() -> None:
+    loaded = tiny_model("llama")
+    globs = ("lm_head.weight", "*.down_proj.weight")
+    mask = narrow_mask(loaded, MaskSection(include=globs))
+    quantise(loaded.model, 8, moving(mask))
+    space, objective = MaskedSpace(loaded.model, mask), TextObjective(loaded, 10_000)
+    batch, direction = examples("multi-token"), np.ones(mask.size, np.float32)
+    _, slopes = space.slopes(objective.losses_with_graph(batch), direction)
+    assert np.abs(slopes).max() > 1e-3
+    with pytest.raises(MaskError, match=r"set runtime.weights = 'stored'"):
+        space.gradient(objective.losses_with_graph(batch), len(batch))
+
+
 def test_another_mask_is_refused() -> None:
     loaded = tiny_model("llama")
     mask = narrow_mask(loaded)

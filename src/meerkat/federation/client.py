@@ -152,13 +152,11 @@ class _Losses:
         Then the weights are left at θ.
         """
         space, objective = self.worker.space, self.worker.objective
-        most = 1
-        if isinstance(space, OverlaidSpace) and isinstance(objective, CopyingObjective):
-            most = objective.copies_per_pass(self.batch) if space.overlays else 1
+        if not (isinstance(space, OverlaidSpace) and isinstance(objective, CopyingObjective)):
+            return [self(offset) for offset in offsets]
+        most = objective.copies_per_pass(self.batch) if space.overlays else 1
         if min(most, len(offsets)) < 2:
             return [self(offset) for offset in offsets]
-        assert isinstance(space, OverlaidSpace)
-        assert isinstance(objective, CopyingObjective)
         space.write(self.theta)
         places = [self.theta if offset is None else self.theta + offset for offset in offsets]
         passes = math.ceil(len(places) / most)

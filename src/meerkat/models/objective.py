@@ -119,7 +119,8 @@ class TextObjective:
         What never changes in the model is computed for one of them.
         """
         batch = pack([*examples] * copies).to(self.device)
-        scores = self.scores(batch, pack(examples).to(self.device))
+        single = None if self.prefix is None else pack(examples).to(self.device)
+        scores = self.scores(batch, single)
         return _losses(scores, batch).cpu().double().numpy().reshape(copies, len(examples))
 
     @torch.inference_mode()

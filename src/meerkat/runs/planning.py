@@ -333,10 +333,10 @@ class _Planner:
     def _copies(self, tokens: int) -> int:
         """Copies of a batch of so many tokens that go through one pass of a step.
 
-        Masks by sensitivity are taken to lie in few rows and columns, as those seen so far do.
+        Masks by score are taken to lie in few rows and columns, as those seen so far do.
         """
         recipe, runtime = self._recipe, self._recipe.runtime
-        written = recipe.mask.file is None and not self._calibrated
+        written = recipe.mask.file is None and recipe.mask.kind in ("random", "full")
         exact = recipe.optimizer.estimator.kind in ("backward", "forward-mode")
         if written or exact or runtime.compile:
             return 1

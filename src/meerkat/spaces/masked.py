@@ -54,7 +54,7 @@ class MaskedSpace:
             parameter = parameters.get(name)
             if parameter is None or tuple(parameter.shape) != shape:
                 raise MaskError(f"the mask's tensor {name} {shape} is not in this model")
-            if (flat := _moving(parameter, indices)) is not None:
+            if (flat := _kept_in_full(parameter, indices)) is not None:
                 where = None
             else:
                 flat = parameter.detach().view(-1)  # raises where writing could not reach
@@ -133,6 +133,9 @@ class MaskedSpace:
         Args:
             parts: Losses of some examples each, computed when they are asked for.
             examples: S of all parts.
+
+        Raises:
+            MaskError: Weights are quantised, and not all masked ones are of linear layers.
         """
         total = np.zeros(self.size)
         places = dict(zip(self._parameters, self._parts, strict=True))
@@ -150,6 +153,11 @@ class MaskedSpace:
         if self._of_linear_layers:
             total = summed_gradient(self._model, self._mask, parts, mean)
         else:
+            if any(hasattr(parameter, "moving") for parameter in self._parameters.values()):
+                raise MaskError(
+                    "the exact gradient of a mask that is not in linear layers alone is not to be "
+                    "had from quantised weights; set runtime.weights = 'stored'"
+                )
             with torch.enable_grad():
                 backward_passes(mean, self._parameters, parts, collect, lambda: None)
         return _joined(losses), total
@@ -218,7 +226,7 @@ def _joined(parts: list[Tensor]) -> Float64[np.ndarray, " S"]:
     return torch.cat(parts).double().cpu().numpy()
 
 
-def _moving(parameter: Tensor, indices: np.ndarray) -> Tensor | None:
+def _kept_in_full(parameter: Tensor, indices: np.ndarray) -> Tensor | None:
     """What a quantised weight keeps in full: the values at these indices; None for any other.
 
     Raises:

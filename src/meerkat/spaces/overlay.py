@@ -2,8 +2,8 @@
 
 A linear layer computes W x. Where W changes by S at the masked coordinates, W x + S x is the same,
 and each run of tokens may have an S of its own. Masked coordinates lie in few rows and columns of
-a matrix (a sensitivity mask of the demo model: in 1 to 2 % of it), so S x is a product of small
-dense matrices.
+a matrix (those of a sensitivity mask of the demo model cross in 1.1 % of it), so S x is a product
+of small dense matrices.
 """
 
 from __future__ import annotations
