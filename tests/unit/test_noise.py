@@ -326,7 +326,7 @@ def test_logarithm_is_accurate() -> None:
 
 def test_tabulated_values_are_gaussian() -> None:
     """Moments of the table itself, and every entry equally often."""
-    table = noise._table().astype(np.float64)
+    table = noise.table().astype(np.float64)
     assert len(np.unique(table)) == 2**16
     assert table.sum() == 0
     assert np.mean(table**2) == pytest.approx(1, abs=1e-8)

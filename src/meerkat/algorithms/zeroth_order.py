@@ -42,6 +42,9 @@ class ZerothOrder:
     def init(self, theta: Theta) -> ModelState:
         return self.rule.init(theta)
 
+    def with_stream(self, stream: PerturbationStream) -> ZerothOrder:
+        return replace(self, stream=stream)
+
     def local_step(
         self,
         losses_at: LossesAt,

@@ -333,6 +333,10 @@ class Runtime(Section):
     weights: Literal["stored", "int8", "int4"] = "stored"
     """Bits that the model's weights are kept in, all but the masked ones, once mask and subspace
     are found. Nobody else needs to know: mask, states and exports are those of the stored model."""
+    theta: Literal["host", "device"] = "host"
+    """Where a client keeps θ and draws z: in the CPU's memory, or in that of the model's device,
+    where a step then copies neither. Both give the same bits. With a million masked values and
+    more, set `noise.kind` to `tabulated` or `rademacher`: Gaussian values are drawn on the CPU."""
     compile: bool = False
     """Compile the forward pass; worth it from some hundred steps on."""
     prefix_cache: Annotated[int, Field(ge=0, lt=2**31)] = 256

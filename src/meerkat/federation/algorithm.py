@@ -30,6 +30,9 @@ class Algorithm(Protocol):
     def init(self, theta: Theta) -> ModelState:
         """The state before round 0."""
 
+    def with_stream(self, stream: PerturbationStream) -> Algorithm:
+        """The same algorithm, with the same directions from elsewhere: a client's device."""
+
     def local_step(
         self,
         losses_at: LossesAt,

@@ -16,6 +16,7 @@ from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.spaces.base import DifferentiableSpace, OverlaidSpace, ParameterSpace
 from meerkat.tasks.objective import CopyingObjective, DifferentiableObjective, Objective
+from meerkat.zo.arrays import Place
 from meerkat.zo.log import Update
 from meerkat.zo.state import ModelState, Theta
 
@@ -27,13 +28,23 @@ class Worker:
 
     One worker serves any number of clients in turn, since a client keeps nothing from round to
     round: a process that simulates a thousand clients holds one model and one state.
+
+    Args:
+        place: Takes θ to the device that the algorithm's directions are drawn on; none leaves it.
     """
 
-    def __init__(self, space: ParameterSpace, objective: Objective, algorithm: Algorithm):
+    def __init__(
+        self,
+        space: ParameterSpace,
+        objective: Objective,
+        algorithm: Algorithm,
+        place: Place | None = None,
+    ):
         self.space = space
         self.objective = objective
         self.algorithm = algorithm
-        self.initial: ModelState = algorithm.init(space.read())
+        self._place = place
+        self.initial: ModelState = self._placed(algorithm.init(space.read()))
         """The state before any round, which calibration plans start from."""
         self.state = self.initial
         self.position = 0
@@ -45,12 +56,12 @@ class Worker:
         The former space must have been restored before this one was made.
         """
         self.space = space
-        self.initial = self.state = self.algorithm.init(space.read())
+        self.initial = self.state = self._placed(self.algorithm.init(space.read()))
         self.position = position
 
     def synchronise(self, state: ModelState, position: int) -> None:
         """Take the state as it is after `position` updates, instead of applying them."""
-        self.state = state
+        self.state = self._placed(state)
         self.position = position
 
     def catch_up(self, start: int, updates: Sequence[Update]) -> None:
@@ -67,6 +78,9 @@ class Worker:
         fresh = updates[self.position - start :]
         self.state = self.algorithm.apply(self.state, fresh)
         self.position += len(fresh)
+
+    def _placed(self, state: ModelState) -> ModelState:
+        return state if self._place is None else state.placed(self._place)
 
     def start(self, plan: RoundPlan) -> ModelState:
         """The state that a plan's local steps start from."""

@@ -39,6 +39,8 @@ class NodeConfig:
     """As `runtime.threads`."""
     weights: str | None = None
     """As `runtime.weights`; quantised weights are not compiled."""
+    theta: str | None = None
+    """As `runtime.theta`."""
     allow_models: tuple[str, ...] = ("*",)
     """Models that a server's recipe may name, as patterns; by `--node-config` the demo's alone."""
     allow_sources: tuple[str, ...] = ("*",)
@@ -64,6 +66,7 @@ class NodeConfig:
             "device": str,
             "threads": int,
             "weights": str,
+            "theta": str,
             "allow-models": _names,
             "allow-sources": _names,
             "most-tokens": int,
@@ -90,11 +93,12 @@ class NodeConfig:
             )
         if found.get("threads", 0) < 0:
             raise RecipeError(f"--node-config threads = {found['threads']} is less than 0")
-        known = get_args(Runtime.model_fields["weights"].annotation)
-        if found.get("weights", "stored") not in known:
-            raise RecipeError(
-                f"--node-config weights = {found['weights']!r} is none of {', '.join(known)}"
-            )
+        for name in ("weights", "theta"):
+            known = get_args(Runtime.model_fields[name].annotation)
+            if found.get(name, known[0]) not in known:
+                raise RecipeError(
+                    f"--node-config {name} = {found[name]!r} is none of {', '.join(known)}"
+                )
         if found.get("most-tokens", 1) < 1:
             raise RecipeError(f"--node-config most-tokens = {found['most-tokens']} is less than 1")
         found.pop("num-partitions", None)
@@ -135,6 +139,8 @@ class NodeConfig:
         runtime = recipe.runtime.model_copy(update=update)
         if self.device is not None:
             runtime = runtime.model_copy(update={"device": self.device})
+        if self.theta is not None:
+            runtime = runtime.model_copy(update={"theta": self.theta})
         if self.threads is not None:
             runtime = runtime.model_copy(update={"threads": self.threads})
         if self.weights is not None:

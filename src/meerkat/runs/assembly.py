@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import overload
 
@@ -28,6 +28,7 @@ from meerkat.models.quantised import quantise
 from meerkat.progress import Progress
 from meerkat.runs.finding_mask import FoundMask, find_mask
 from meerkat.runs.finding_subspace import find_subspace
+from meerkat.spaces.device_noise import place_on, stream_on
 from meerkat.spaces.linear import space_of
 from meerkat.spaces.mask_criteria import still_blocks
 from meerkat.spaces.masked import MaskedSpace
@@ -149,7 +150,18 @@ class Assembly:
                 _logger.warning("%s to be rid of this line; all blocks are computed", error)
         layers = [model.get_submodule(name.rpartition(".")[0]) for name in mask.names]
         self.objective.allow_copies(runtime.tokens_together, layers)
-        return Worker(space_of(model, mask), self.objective, self.algorithm)
+        device, space = self.theta_device, space_of(model, mask, self.theta_device)
+        if device is None or mask.subspace is not None:  # w is a few values, which stay here
+            return Worker(space, self.objective, self.algorithm)
+        stream = stream_on(device, self.algorithm.stream)
+        algorithm = self.algorithm.with_stream(stream)
+        return Worker(space, self.objective, algorithm, partial(place_on, device))
+
+    @property
+    def theta_device(self) -> torch.device | None:
+        """Where θ is kept by a client, if not in the CPU's memory."""
+        on_device = self.recipe.runtime.theta == "device"
+        return next(self.loaded.model.parameters()).device if on_device else None
 
     def client(self, number: int, part: int | None = None) -> Client:
         """A client with its data.

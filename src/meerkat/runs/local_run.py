@@ -107,7 +107,7 @@ def _execute(
     def start_engine(
         state: ServerState, log: Log, mask: Mask, begins: int
     ) -> tuple[Engine, Evaluator]:
-        in_model = partial(space_of, assembly.loaded.model)
+        in_model = partial(space_of, assembly.loaded.model, device=assembly.theta_device)
         engine = LocalEngine(worker, assembly.clients(), in_model, progress.advance)
         engine.renew(mask, begins, state.model, len(log))
         return engine, evaluate

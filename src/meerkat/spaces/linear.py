@@ -27,6 +27,7 @@ class LinearSpace:
         fingerprint: Of the mask and the subspace.
         first: w before any round; zeros by default.
         base: Masked weights at w = 0; as they are now by default.
+        device: Where θ_0 + B w is computed, by the same operations; the CPU by default.
     """
 
     def __init__(
@@ -36,11 +37,15 @@ class LinearSpace:
         fingerprint: str,
         first: Float32[np.ndarray, " k"] | None = None,
         base: Float32[np.ndarray, " n"] | None = None,
+        device: torch.device | None = None,
     ):
         if basis.shape[1] != inner.size:
             raise ValueError(f"a basis over {basis.shape[1]} values, the mask has {inner.size}")
         self._inner, self._basis = inner, basis
         self._base = inner.read() if base is None else base
+        self._on_device: tuple[Tensor, Tensor] | None = None
+        if device is not None:
+            self._on_device = torch.tensor(self._base).to(device), torch.tensor(basis).to(device)
         self._first = np.zeros(len(basis), np.float32) if first is None else first
         self.size = len(basis)
         self.fingerprint = fingerprint
@@ -51,7 +56,7 @@ class LinearSpace:
 
     def write(self, theta: Theta) -> None:
         """Make the masked weights cast(θ_0 + B w)."""
-        self._inner.write(combined(self._base, self._basis, theta))
+        self._inner.write(self._weights(theta))
 
     def restore(self) -> None:
         """Put back exactly the bits that the model had when the space was made."""
@@ -64,7 +69,17 @@ class LinearSpace:
 
     def overlaid(self, thetas: Sequence[Theta]) -> AbstractContextManager[None]:
         """As `MaskedSpace.overlaid`, at θ_0 + B w for each w."""
-        return self._inner.overlaid([combined(self._base, self._basis, w) for w in thetas])
+        return self._inner.overlaid([self._weights(w) for w in thetas])
+
+    def _weights(self, w: Float32[np.ndarray, " k"]) -> Theta:
+        """θ_0 + B w."""
+        if self._on_device is None:
+            return combined(self._base, self._basis, w)
+        base, basis = self._on_device
+        theta = base.clone()
+        for weight, row in zip(w.tolist(), basis, strict=True):
+            theta += row * weight  # rounded twice, as `combined` does
+        return theta
 
     def gradient(
         self, parts: Iterable[Tensor], examples: int
@@ -85,13 +100,17 @@ class LinearSpace:
         return pulled(self._basis, gradient)
 
 
-def space_of(model: nn.Module, mask: Mask) -> ParameterSpace:
-    """Where the state may move in a model: the masked weights, or the mask's subspace of them."""
+def space_of(model: nn.Module, mask: Mask, device: torch.device | None = None) -> ParameterSpace:
+    """Where the state may move in a model: the masked weights, or the mask's subspace of them.
+
+    Args:
+        device: Where a subspace is kept and used; the CPU by default.
+    """
     inner = MaskedSpace(model, mask)
     if mask.subspace is None:
         return inner
     found = mask.subspace
-    return LinearSpace(inner, found.basis, mask.fingerprint, found.start, found.base)
+    return LinearSpace(inner, found.basis, mask.fingerprint, found.start, found.base, device)
 
 
 def subspace_of(

@@ -32,10 +32,10 @@ _OVERLAID_SHARE = 0.1
 class MaskedSpace:
     """The masked coordinates of a model, in the mask's order.
 
-    θ is float32 on the CPU, whatever the model's type and device. `write` casts it to the type
-    that the weights are stored in, which is a parameter's own or its attribute `stored_dtype`
-    where the model computes in a wider one; nothing is ever read back from the weights during
-    training, so nothing drifts.
+    θ is float32, on the CPU or on the model's device, whatever the model's type. `write` casts it
+    to the type that the weights are stored in, which is a parameter's own or its attribute
+    `stored_dtype` where the model computes in a wider one; nothing is ever read back from the
+    weights during training, so nothing drifts.
 
     Raises:
         MaskError: The mask names a tensor that the model lacks, or has in another shape, or that is
@@ -95,7 +95,7 @@ class MaskedSpace:
     @torch.no_grad()
     def write(self, theta: Theta) -> None:
         """Make the masked weights exactly cast(θ); no other bit of the model is touched."""
-        values = torch.from_numpy(theta if theta.flags.writeable else theta.copy())
+        values = _tensor(theta)
         cast = {kind: values.to(kind[0], dtype=kind[1]).to(dtype=kind[2]) for kind in self._kinds}
         for (flat, where, begin, end), stored in zip(self._parts, self._stored, strict=True):
             self._put(flat, where, cast[flat.device, stored, flat.dtype][begin:end])
@@ -111,7 +111,7 @@ class MaskedSpace:
         """Meanwhile a pass over R equally long runs of tokens has run i at cast(`thetas[i]`)."""
         if self._overlay is None:
             raise ValueError("this mask cannot be overlaid")
-        values = torch.from_numpy(np.stack(thetas))
+        values = torch.stack([_tensor(theta) for theta in thetas])
         cast = {kind: values.to(kind[0], dtype=kind[1]).to(dtype=kind[2]) for kind in self._kinds}
         changes = []
         for (flat, where, begin, end), stored in zip(self._parts, self._stored, strict=True):
@@ -182,7 +182,7 @@ class MaskedSpace:
     @contextmanager
     def _moving(self, direction: Theta) -> Iterator[None]:
         """The masked parameters as dual numbers, with a direction as their tangent."""
-        values = torch.from_numpy(direction if direction.flags.writeable else direction.copy())
+        values = _tensor(direction)
         homes: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in self._model.modules():  # a tied parameter has several
             for name, parameter in module._parameters.items():
@@ -220,6 +220,12 @@ class MaskedSpace:
             flat.copy_(values)
         else:
             flat.index_copy_(0, where, values)
+
+
+def _tensor(theta: Theta) -> Tensor:
+    if isinstance(theta, Tensor):
+        return theta
+    return torch.from_numpy(theta if theta.flags.writeable else theta.copy())
 
 
 def _joined(parts: list[Tensor]) -> Float64[np.ndarray, " S"]:

@@ -108,8 +108,11 @@ class PerturbationStream:
         if self.kind == "orthogonal":
             lap, place = self._place(key)
             return orthogonal_direction(self.seed, lap, place, self.n)
-        coordinates = NoiseKey(self.seed, key.round, key.step, key.perturbation, key.client)
-        return _recent(coordinates, self.n, self.kind)
+        return _recent(self.coordinates(key), self.n, self.kind)
+
+    def coordinates(self, key: DirectionKey) -> NoiseKey:
+        """What a key's values are drawn by, where they are independent."""
+        return NoiseKey(self.seed, key.round, key.step, key.perturbation, key.client)
 
     def _place(self, key: DirectionKey) -> tuple[int, int]:
         """Which sequence of directions, and how many of it come before: round by round, step by

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -32,11 +33,14 @@ from numpy.typing import NDArray
 __all__ = [
     "BLOCK",
     "SHARED",
+    "VALUES_PER_WORD",
     "Kind",
     "NoiseKey",
+    "coordinates_of",
     "draw",
     "fingerprint",
     "permutation",
+    "table",
     "words",
 ]
 
@@ -49,7 +53,8 @@ BLOCK = 8192
 """Values drawn at a time; small enough that the temporaries stay in the cache of a core."""
 
 _WORDS_PER_COUNTER = 4
-_VALUES_PER_WORD = {"gaussian": 2, "tabulated": 4, "rademacher": 64}
+VALUES_PER_WORD: Mapping[Kind, int] = {"gaussian": 2, "tabulated": 4, "rademacher": 64}
+"""Values that the 64 bits of one raw word give."""
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _SIGNS = _BITS.astype(np.float32) * np.float32(2) - np.float32(1)
 """The signs that the bits of a byte stand for, the lowest first."""
@@ -81,16 +86,9 @@ def draw(
     """
     if start % BLOCK:
         raise ValueError(f"start = {start} is not a multiple of {BLOCK}")
-    if not (0 <= key.step < 2**32 and 0 <= key.perturbation < 2**16 and 0 <= key.client <= SHARED):
-        raise ValueError(f"{key}: a coordinate is out of range")
-    # The counter's low word counts within the stream; the other three are ours.
-    coordinates = [
-        key.round,
-        key.step | key.perturbation << 32,
-        key.client | _DOMAIN_NOISE << 32,
-    ]
+    coordinates = coordinates_of(key)
     z = np.empty(n, np.float32)
-    values_per_word = _VALUES_PER_WORD[kind]
+    values_per_word = VALUES_PER_WORD[kind]
     for low in range(0, n, BLOCK):
         count = min(BLOCK, n - low)
         raw = words(
@@ -100,11 +98,22 @@ def draw(
             signs = np.take(_SIGNS, raw.astype("<u8").view(np.uint8), axis=0)
             z[low : low + count] = signs.reshape(-1)[:count]
         elif kind == "tabulated":
-            z[low : low + count] = np.take(_table(), raw.astype("<u8").view("<u2")[:count])
+            z[low : low + count] = np.take(table(), raw.astype("<u8").view("<u2")[:count])
         else:
             halves = raw.astype("<u8").view("<u4")[:count]
             z[low : low + count] = _normal((halves + 0.5) * 2.0**-32)
     return z
+
+
+def coordinates_of(key: NoiseKey) -> list[int]:
+    """The three words of the counter that say which stream it is; the lowest counts within it.
+
+    Raises:
+        ValueError: A coordinate is out of range.
+    """
+    if not (0 <= key.step < 2**32 and 0 <= key.perturbation < 2**16 and 0 <= key.client <= SHARED):
+        raise ValueError(f"{key}: a coordinate is out of range")
+    return [key.round, key.step | key.perturbation << 32, key.client | _DOMAIN_NOISE << 32]
 
 
 def words(seed: int, coordinates: list[int], count: int, start: int = 0) -> NDArray[np.uint64]:
@@ -139,7 +148,7 @@ def fingerprint() -> str:
 
 
 @cache
-def _table() -> Float32[np.ndarray, " 65536"]:
+def table() -> Float32[np.ndarray, " 65536"]:
     """Tabulated values, ascending; symmetric, so that their mean is zero."""
     upper = _normal((np.arange(2**15, 2**16) + 0.5) * 2.0**-16)
     upper /= math.sqrt(math.fsum((upper * upper).tolist()) / len(upper))

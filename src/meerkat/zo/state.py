@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float32
 
+from meerkat.zo.arrays import Place, frozen, on_host
+
 __all__ = ["ModelState", "Theta"]
 
-Theta: TypeAlias = Float32[np.ndarray, " n"]
-"""The values that move, float32, on the CPU."""
+Theta: TypeAlias = Float32[Any, " n"]
+"""The values that move, float32: a numpy array, or on a client a tensor of a device (`arrays`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +29,12 @@ class ModelState:
     """
 
     theta: Theta
-    slots: Mapping[str, np.ndarray] = field(default_factory=lambda: MappingProxyType({}))
+    slots: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """Arrays of float32 or float64 by name, such as a momentum."""
 
     def __post_init__(self) -> None:
         for array in (self.theta, *self.slots.values()):
-            array.setflags(write=False)
+            frozen(array)
 
     @cached_property
     def digest(self) -> str:
@@ -40,8 +42,9 @@ class ModelState:
         found = hashlib.sha256(_bytes(self.theta))
         for name in sorted(self.slots):
             slot = self.slots[name]
-            found.update(f"{name} {slot.dtype.str.lstrip('<>=|')} {slot.size}\n".encode())
-            found.update(_bytes(slot))
+            values = on_host(slot)
+            found.update(f"{name} {values.dtype.str.lstrip('<>=|')} {values.size}\n".encode())
+            found.update(_bytes(values))
         return found.hexdigest()
 
     @property
@@ -49,12 +52,20 @@ class ModelState:
         """Size of `to_bytes`."""
         return sum(array.nbytes for array in (self.theta, *self.slots.values()))
 
+    def placed(self, place: Place) -> ModelState:
+        """The same state with all that is as long as θ where `place` takes it."""
+        slots = {
+            name: place(slot) if slot.shape == self.theta.shape else slot
+            for name, slot in self.slots.items()
+        }
+        return ModelState(place(self.theta), slots)
+
     def to_bytes(self) -> bytes:
         """θ, then the slots by name, all little-endian."""
         return b"".join([_bytes(self.theta), *(_bytes(self.slots[n]) for n in sorted(self.slots))])
 
     def from_bytes(self, data: bytes) -> ModelState:
-        """The state of the same form as this one that `to_bytes` gave these bytes of.
+        """The state of the same form as this one, in numpy, that `to_bytes` gave these bytes of.
 
         Raises:
             ValueError: They are of another length, or hold a value that is not finite.
@@ -62,7 +73,8 @@ class ModelState:
         if len(data) != self.nbytes:
             raise ValueError(f"a state of {len(data)} bytes, not {self.nbytes}")
         arrays, start = [], 0
-        for like in (self.theta, *(self.slots[name] for name in sorted(self.slots))):
+        for held in (self.theta, *(self.slots[name] for name in sorted(self.slots))):
+            like = on_host(held)
             end = start + like.nbytes
             array = np.frombuffer(data[start:end], like.dtype.newbyteorder("<")).astype(like.dtype)
             if not np.isfinite(array).all():
@@ -72,5 +84,6 @@ class ModelState:
         return ModelState(arrays[0], dict(zip(sorted(self.slots), arrays[1:], strict=True)))
 
 
-def _bytes(array: np.ndarray) -> bytes:
+def _bytes(array: Any) -> bytes:
+    array = on_host(array)
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

@@ -32,7 +32,7 @@ class OneSided:
     def estimate(
         self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
     ) -> Estimate:
-        moves = [z * z.dtype.type(epsilon) for z in directions]
+        moves = [z * float(epsilon) for z in directions]
         here, *moved = losses_at_each(losses_at, [None, *moves])
         baseline = mean_loss(here, "θ")
         losses = [mean_loss(found, "θ + ε z") for found in moved]
@@ -55,7 +55,7 @@ class OneSidedMean:
     def estimate(
         self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
     ) -> Estimate:
-        moves = [z * z.dtype.type(epsilon) for z in directions]
+        moves = [z * float(epsilon) for z in directions]
         losses = [mean_loss(found, "θ + ε z") for found in losses_at_each(losses_at, moves)]
         total, others = math.fsum(losses), len(losses) - 1
         slopes = tuple((loss - (total - loss) / others) / epsilon for loss in losses)

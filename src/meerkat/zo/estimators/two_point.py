@@ -24,7 +24,7 @@ class TwoPoint:
     def estimate(
         self, losses_at: LossesAt, directions: Sequence[Theta], epsilon: float
     ) -> Estimate:
-        moves = [z * z.dtype.type(epsilon) for z in directions]
+        moves = [z * float(epsilon) for z in directions]
         found = losses_at_each(losses_at, [offset for move in moves for offset in (move, -move)])
         slopes, middles = [], []
         for place in range(0, len(found), 2):

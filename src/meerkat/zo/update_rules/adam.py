@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from meerkat.zo.arrays import copied, divided, square_root, zeros_like
 from meerkat.zo.state import ModelState, Theta
 from meerkat.zo.update_rules.base import Term, estimate
 
@@ -37,20 +38,21 @@ class Adam:
 
     def init(self, theta: Theta) -> ModelState:
         slots = {
-            "first": np.zeros_like(theta),
-            "second": np.zeros_like(theta),
+            "first": zeros_like(theta),
+            "second": zeros_like(theta),
             # β₁ᵗ and β₂ᵗ as running products: a power function rounds differently on each machine.
             "powers": np.ones(2, np.float64),
         }
-        return ModelState(theta.copy(), slots)
+        return ModelState(copied(theta), slots)
 
     def apply(self, state: ModelState, learning_rate: float, terms: Iterable[Term]) -> ModelState:
-        one, gradient = np.float32(1), estimate(terms, state.theta)
+        gradient = estimate(terms, state.theta)
         beta1, beta2 = np.float32(self.beta1), np.float32(self.beta2)
-        first = beta1 * state.slots["first"] + (one - beta1) * gradient
-        second = beta2 * state.slots["second"] + (one - beta2) * (gradient * gradient)
+        rest1, rest2 = float(np.float32(1) - beta1), float(np.float32(1) - beta2)
+        first = state.slots["first"] * float(beta1) + gradient * rest1
+        second = state.slots["second"] * float(beta2) + (gradient * gradient) * rest2
         powers = state.slots["powers"] * np.array([self.beta1, self.beta2])
-        correction1, correction2 = (np.float32(1 - power) for power in powers.tolist())
-        step = (first / correction1) / (np.sqrt(second / correction2) + np.float32(self.delta))
-        theta = state.theta - np.float32(learning_rate) * step
+        correction1, correction2 = (float(np.float32(1 - power)) for power in powers.tolist())
+        root = square_root(divided(second, correction2)) + self.delta
+        theta = state.theta - (divided(first, correction1) / root) * float(learning_rate)
         return ModelState(theta, {"first": first, "second": second, "powers": powers})

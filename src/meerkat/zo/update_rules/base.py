@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
+from meerkat.zo.arrays import zeros_like
 from meerkat.zo.state import ModelState, Theta
 
 __all__ = ["Term", "UpdateRule", "estimate"]
@@ -33,7 +32,7 @@ class UpdateRule(Protocol):
 
 def estimate(terms: Iterable[Term], like: Theta) -> Theta:
     """ĝ = Σ c z in float32, term by term in their order (method.md section 3)."""
-    total = np.zeros_like(like)
+    total = zeros_like(like)
     for coefficient, z in terms:
-        total += np.float32(coefficient) * z
+        total += z * float(coefficient)
     return total

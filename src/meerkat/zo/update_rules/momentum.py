@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
+from meerkat.zo.arrays import copied, zeros_like
 from meerkat.zo.state import ModelState, Theta
 from meerkat.zo.update_rules.base import Term, estimate
 
@@ -29,10 +28,10 @@ class Momentum:
             raise ValueError(f"decay = {self.decay} is not in [0, 1)")
 
     def init(self, theta: Theta) -> ModelState:
-        return ModelState(theta.copy(), {"momentum": np.zeros_like(theta)})
+        return ModelState(copied(theta), {"momentum": zeros_like(theta)})
 
     def apply(self, state: ModelState, learning_rate: float, terms: Iterable[Term]) -> ModelState:
-        momentum = np.float32(self.decay) * state.slots["momentum"]
+        momentum = state.slots["momentum"] * self.decay
         momentum += estimate(terms, state.theta)
-        theta = state.theta - np.float32(learning_rate) * momentum
+        theta = state.theta - momentum * float(learning_rate)
         return ModelState(theta, {"momentum": momentum})
