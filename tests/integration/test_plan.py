@@ -113,6 +113,19 @@ def test_memory_follows_the_recipe(tiny_recipe_data: dict[str, Any]) -> None:
         assert found.memory.client == held + runtime["prefix_cache"] * 2**20
 
 
+def test_blocks_that_are_computed_again_keep_little(tiny_recipe_data: dict[str, Any]) -> None:
+    data = merged(
+        tiny_recipe_data, subspace=SUBSPACE, optimizer={"estimator": "backward"}
+    )  # four layers from and to 32 and 16, three from or to 64: 512 values a token and block
+    usual = plan_run(parse_recipe(data)).memory
+    again = plan_run(parse_recipe(merged(data, runtime={"recompute": True}))).memory
+    tokens, one, hidden = 64 * 4, 512, 32
+    assert usual.activations == 4 * tokens * 2 * one
+    assert again.activations == 4 * tokens * (one + 2 * hidden)
+    for name in ("making_the_mask", "making_the_subspace"):
+        assert getattr(again, name) < getattr(usual, name)
+
+
 def test_an_estimate_of_time_is_made_of_measured_passes(
     tiny_recipe_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

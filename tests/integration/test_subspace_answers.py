@@ -309,7 +309,7 @@ def test_large_scores_are_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
         )
 
     in_memory = made()
-    monkeypatch.setattr(alignment, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(alignment, "IN_MEMORY", 1000)
     in_file = made()
     assert isinstance(in_file, np.memmap)
     assert not isinstance(in_memory, np.memmap)

@@ -52,7 +52,9 @@ SMALL = {
 def tiny_config(architecture: str, **changes: object) -> transformers.PreTrainedConfig:
     match architecture:
         case "llama":
-            return transformers.LlamaConfig(**SIZE, **SMALL, tie_word_embeddings=False, **changes)
+            return transformers.LlamaConfig(
+                **{**SIZE, **SMALL, "tie_word_embeddings": False, **changes}
+            )
         case "qwen2":
             return transformers.Qwen2Config(**SIZE, **SMALL, tie_word_embeddings=True, **changes)
         case "gemma3":

@@ -349,6 +349,9 @@ class Runtime(Section):
     tokens_together: Annotated[int, Field(ge=0, lt=2**31)] = 1024
     """Tokens up to which the passes of one step, at several places near θ, are made as one over so
     many copies of the batch; 0 makes them one by one. Losses differ by the rounding of sums."""
+    recompute: bool = False
+    """Keep no activations within decoder blocks for a backward pass, of mask, subspace and exact
+    reports, and compute each block again: far less memory, and a forward pass more."""
     mask_passes: Literal[1, 2] = 1
     """1 keeps two float32 accumulators the size of the eligible tensors, 2 keeps one and reads
     the corpus twice."""

@@ -19,6 +19,7 @@ from meerkat.models import attention
 from meerkat.models.loading import LoadedModel
 from meerkat.models.packing_check import check_packing
 from meerkat.models.prefix import KeptActivations, Prefix
+from meerkat.models.recomputing import recomputed
 from meerkat.tasks.objective import Predictions
 
 __all__ = ["TextObjective"]
@@ -41,13 +42,21 @@ class TextObjective:
     Args:
         tokens_per_pass: Most tokens in one forward pass; a longer batch takes several.
         compiled: Compile the decoder, for any batch shape.
+        recomputed: Decoder blocks whose activations are not kept for a backward pass.
 
     Raises:
         ModelError: The architecture mixes sequences of a packed row, so it cannot be packed.
     """
 
-    def __init__(self, loaded: LoadedModel, tokens_per_pass: int, compiled: bool = False):
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        tokens_per_pass: int,
+        compiled: bool = False,
+        recomputed: Sequence[nn.Module] = (),
+    ):
         self.model = loaded.model
+        self._recomputed = recomputed
         self._name = loaded.name
         self.prefix: Prefix | None = None
         """What is not computed in each pass; see `keep_prefix`."""
@@ -135,9 +144,16 @@ class TextObjective:
     def losses_with_graph(self, examples: Sequence[Encoded]) -> Iterator[Float32[Tensor, " s"]]:
         """The losses of the examples of each packed batch, in their order, computed one by one."""
         for batch in self.packs(examples):
-            with torch.compiler.set_stance("force_eager"):
+            with self.with_graph():
                 losses = self.batch_losses(batch)
             yield losses
+
+    @contextmanager
+    def with_graph(self) -> Iterator[None]:
+        """Passes in here are for a backward pass, where gradients are enabled."""
+        kept = 0 if self.prefix is None else self.prefix.depth
+        with torch.compiler.set_stance("force_eager"), recomputed(self._recomputed[kept:]):
+            yield
 
     @torch.inference_mode()
     def predict(self, examples: Sequence[Encoded]) -> Predictions:
@@ -164,7 +180,7 @@ class TextObjective:
     def pretraining_loss(self, batch: Int64[Tensor, "S L"]) -> Float32[Tensor, ""]:
         """The loss that the mask is calibrated by, with its graph: next-token cross-entropy."""
         ids = batch.to(self.device)
-        with torch.compiler.set_stance("force_eager"):
+        with self.with_graph():
             loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss.float()
 

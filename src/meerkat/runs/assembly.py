@@ -30,7 +30,7 @@ from meerkat.runs.finding_mask import FoundMask, find_mask
 from meerkat.runs.finding_subspace import find_subspace
 from meerkat.spaces.device_noise import place_on, stream_on
 from meerkat.spaces.linear import space_of
-from meerkat.spaces.mask_criteria import still_blocks
+from meerkat.spaces.mask_criteria import decoder_blocks, still_blocks
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
@@ -126,7 +126,8 @@ class Assembly:
         if runtime.compile:
             # Compiled code outlives the process. torch has set a folder of its own by now.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
-        return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile)
+        blocks = decoder_blocks(self.loaded.model)[1] if runtime.recompute else ()
+        return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile, list(blocks))
 
     def quantise(self) -> None:
         """From here on all but the masked weights have the bits of `runtime.weights`."""

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
@@ -267,7 +266,7 @@ def _packed_scores(objective: TextObjective, batch: PackedBatch) -> Float32[Tens
     that of a mean score would be a T²-th, since scores of drawn tokens do not depend on each other.
     """
     moved = batch.to(objective.device)
-    with torch.compiler.set_stance("force_eager"):
+    with objective.with_graph():
         found = objective.scores(moved)
     if batch.answers == 1:
         return found * moved.answer.bincount(minlength=batch.examples).sqrt()[:, None]

@@ -25,6 +25,7 @@ from meerkat.registry import build
 from meerkat.runs.assembly import assemble
 from meerkat.runs.driver import CHECKPOINT_EVERY
 from meerkat.runs.fit import EXAMPLES, asks
+from meerkat.spaces.alignment import IN_MEMORY
 from meerkat.spaces.mask_criteria import (
     decoder_blocks,
     eligible_parameters,
@@ -105,6 +106,7 @@ class MemoryFigures:
     making_the_mask: int
     """Once, where it is calibrated."""
     making_the_subspace: int
+    """Once; more than 1 GiB of scores are kept in a file meanwhile, which is not counted."""
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,10 @@ class _Planner:
         scores = 4 * self.model.eligible * (2 if recipe.runtime.mask_passes == 1 else 1)
         logits = 8 * sequences * self._vocabulary
         backward = width * self._activations(sequences, kept=True) + logits
-        gathered = 4 * n * (self._texts + k) + 8 * self._texts**2
+        scores_of_texts = 4 * n * self._texts
+        if scores_of_texts > IN_MEMORY:
+            scores_of_texts = 0  # they are in a file
+        gathered = scores_of_texts + 4 * n * k + 16 * self._texts**2
         of_texts = width * self._activations(16 * self._longest, kept=True)
         return MemoryFigures(
             weights=weights,
@@ -355,11 +360,16 @@ class _Planner:
     def _activations(self, tokens: int, kept: bool) -> int:
         """Values that a pass holds at a time: of one block, or of all that a gradient runs through.
 
-        A block keeps the input and output of each of its linear layers.
+        A block keeps the input and output of each of its linear layers. Where blocks are computed
+        again, what comes into each is kept, and one block's.
         """
         linear = [m for m in self._blocks[0].modules() if isinstance(m, nn.Linear)]
         one = sum(layer.in_features + layer.out_features for layer in linear)
-        return tokens * one * (len(self._blocks) - self.model.kept_blocks if kept else 1)
+        above = len(self._blocks) - self.model.kept_blocks
+        if kept and self._recipe.runtime.recompute:
+            hidden = linear[0].in_features  # of the attention, which takes the block's input
+            return tokens * (one + hidden * above)
+        return tokens * one * (above if kept else 1)
 
     @cached_property
     def disk(self) -> DiskFigures:
@@ -391,22 +401,23 @@ class _Planner:
         predicting = _median(lambda: assembly.objective.predict(some))
         size = recipe.federation.batch_size
         kept = model.kept_blocks / max(1, model.blocks)
+        backward = _BACKWARD + recipe.runtime.recompute
         a_step = passes.forward_a_step / size
         if copies > 1:
             a_step *= together / (copies * forward)
         a_step = a_step * (1 - kept) + kept
-        a_step += (_BACKWARD - 1) * passes.backward_a_step / size * (1 - kept)
+        a_step += (backward - 1) * passes.backward_a_step / size * (1 - kept)
         mask = recipe.mask
         of_mask = mask.batches * mask.batch_size * mask.sequence_length * recipe.runtime.mask_passes
         # In calibration each token has a row of logits over the whole vocabulary.
-        a_token = _BACKWARD * forward / tokens * self._with_head
+        a_token = backward * forward / tokens * self._with_head
         of_texts = self._texts + (EXAMPLES if asks(recipe) else 0)
         steps = passes.training / passes.forward_a_step
         return TimeFigures(
             forward=forward,
             step=forward * a_step,
             mask=a_token * of_mask if self._calibrated else 0.0,
-            subspace=_BACKWARD * forward / size * of_texts,
+            subspace=backward * forward / size * of_texts,
             training=forward * a_step * steps,
             evaluating=predicting / len(some) * passes.evaluating,
         )

@@ -17,6 +17,7 @@ from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import backward_passes
 
 __all__ = [
+    "IN_MEMORY",
     "AnswerScores",
     "PackedScores",
     "Scheme",
@@ -33,7 +34,7 @@ Scheme: TypeAlias = Literal["sampled", "uniform", "difference", "mixed", "given"
 Target: TypeAlias = Scheme | int
 """How the scores of a text's answers become one number; an integer is the score of that answer."""
 
-_IN_MEMORY = 2**30
+IN_MEMORY = 2**30
 """Most bytes of scores that are kept in memory; more are kept in a file that has no name."""
 
 
@@ -125,7 +126,7 @@ def _draws(seed: int) -> np.random.Generator:
 
 def _room(count: int, size: int) -> Float32[np.ndarray, "N n"]:
     """Zeros, in a file where they are large."""
-    if 4 * count * size <= _IN_MEMORY:
+    if 4 * count * size <= IN_MEMORY:
         return np.zeros((count, size), np.float32)
     with tempfile.TemporaryFile() as file:  # mapped, it stays to the end of its last array
         return np.memmap(file, np.float32, "w+", shape=(count, size))

@@ -139,6 +139,8 @@ class _Gathering:
         arguments: tuple[Tensor, ...],
         output: Tensor,
     ) -> None:
+        if not output.requires_grad:  # a pass without a graph, of a block that is computed again
+            return
         x = arguments[0].detach().flatten(0, -2)
 
         def add(gradient: Tensor) -> None:
