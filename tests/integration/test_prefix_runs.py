@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from meerkat.federation.rounds import RoundRecord
 from meerkat.journal import Journal
 from meerkat.journal.records import RoundMetrics
 from meerkat.models.prefix import Prefix
+from meerkat.progress import Progress
 from meerkat.runs.assembly import assemble
 from meerkat.runs.events import RunObserver
+from meerkat.runs.local_run import start_run
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -89,6 +92,34 @@ def test_each_batch_is_computed_once(data: dict[str, Any]) -> None:
     assert (prefix.kept.computed, prefix.kept.found) == (len(batches), len(batches))
     tokens = sum(pack.tokens for batch in batches for pack in found.objective.packs(batch))
     assert prefix.kept.in_memory == 4 * 32 * tokens
+
+
+class _Figures(Progress):
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def show(self, figures: dict[str, str]) -> None:
+        self.shown.extend(value for name, value in figures.items() if name == "first blocks kept")
+
+
+def test_what_is_kept_is_shown(data: dict[str, Any], tmp_path: Path) -> None:
+    """Three clients take two steps in each of four rounds: one of two passes of each is saved."""
+    for name, memory, disk in (("memory", 256, 0), ("disk", 0, 256), ("none", 0, 0)):
+        progress = _Figures()
+        runtime = {"prefix_cache": memory, "prefix_disk": disk, "tokens_together": 0}
+        recipe = parse_recipe(merged(data, runtime=runtime))
+        start_run(recipe, tmp_path / name, RunObserver(), progress)
+        if name == "none":
+            assert not progress.shown
+            continue
+        assert len(progress.shown) == 3 * 4
+        first, last = progress.shown[0], progress.shown[-1]
+        assert re.search(r"\((\d+) of (\d+) passes saved\)", last)
+        assert (" on disk" in last) == (name == "disk")
+        saved, asked = (int(n) for n in re.findall(r"(\d+) of (\d+)", last)[0])
+        assert saved == 24
+        assert asked >= 48
+        assert first != last
 
 
 def test_a_mask_over_all_blocks_has_no_prefix(tiny_recipe_data: dict[str, Any]) -> None:

@@ -183,6 +183,15 @@ class KeptActivations:
         """Can anything be kept at all?"""
         return bool(self.memory or self.disk)
 
+    @property
+    def described(self) -> str:
+        """How much is kept, and how many of the passes over the blocks that made unnecessary."""
+        parts = [f"{self.in_memory / 1e6:.0f} MB"]
+        if self.on_disk:
+            parts.append(f"{self.on_disk / 1e6:.0f} MB on disk")
+        asked = self.computed + self.found
+        return f"{' and '.join(parts)} ({self.found:,} of {asked:,} passes saved)"
+
     def get(self, key: bytes, device: torch.device) -> Tensor | None:
         """What was kept under a key."""
         held = self._tensors.get(key)

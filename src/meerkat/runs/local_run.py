@@ -104,11 +104,17 @@ def _execute(
             progress,
         )
 
+    def answered() -> None:
+        progress.advance()
+        prefix = assembly.objective.prefix
+        if prefix is not None and prefix.kept.room:
+            progress.show({"first blocks kept": prefix.kept.described})
+
     def start_engine(
         state: ServerState, log: Log, mask: Mask, begins: int
     ) -> tuple[Engine, Evaluator]:
         in_model = partial(space_of, assembly.loaded.model, device=assembly.theta_device)
-        engine = LocalEngine(worker, assembly.clients(), in_model, progress.advance)
+        engine = LocalEngine(worker, assembly.clients(), in_model, answered)
         engine.renew(mask, begins, state.model, len(log))
         return engine, evaluate
 
