@@ -159,11 +159,10 @@ def test_measured_step_restores_the_model(dtype: torch.dtype) -> None:
 
 def test_steps_that_keep_a_prefix_are_measured_beside_the_others() -> None:
     loaded = tiny_model("gemma3")
-    figures = measure_step(
-        loaded, examples(6), 6, mask_density=0.05, repeats=2, reference=False, first_block=1
-    )
+    figures = measure_step(loaded, examples(6), 6, mask_density=0.05, repeats=2, first_block=1)
     figures["machine"] = machine.describe()
     assert_figures(figures, "step_over_prefix_step", "step_over_kept_step", "forward_over_gemm")
+    assert_figures(figures, "reference_over_step", "reference_over_kept_step")
     assert figures["first_block"] == 1
     assert figures["kept_bytes"] == 4 * 32 * figures["tokens"]
     assert fingerprint(loaded.model) == loaded.fingerprint

@@ -136,7 +136,8 @@ def measure_step(
     if reference:
         others.append(_reference(loaded, batch, _EPSILON))
         figures["reference_seconds"] = min(others)
-        figures["reference_over_step"] = figures["reference_seconds"] / taken["step"]
+        for name in ("step", "kept_step") if first_block else ("step",):
+            figures[f"reference_over_{name}"] = figures["reference_seconds"] / taken[name]
     if runtime.compile:
         figures["recompiles_after_warm_up"] = _graphs() - graphs
     return {
