@@ -21,7 +21,8 @@ from transformers import LlamaConfig
 from meerkat.benchmarks.machine import peak_bytes, reset_peak, resident_bytes, seconds
 from meerkat.config import Recipe, load_recipe
 from meerkat.runs.assembly import assemble
-from meerkat.runs.planning import MemoryFigures, plan_run
+from meerkat.runs.plan_figures import MemoryFigures
+from meerkat.runs.planning import plan_run
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
 MODELS = ("demo:gemma-3-270m", "demo:smollm2-135m")

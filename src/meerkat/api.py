@@ -38,7 +38,7 @@ from meerkat.zo.state import ModelState, Theta
 
 if TYPE_CHECKING:
     from meerkat.runs.finding_mask import FoundMask
-    from meerkat.runs.planning import Plan
+    from meerkat.runs.plan_figures import Plan
     from meerkat.spaces.base import ParameterSpace
 
 __all__ = [
