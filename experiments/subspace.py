@@ -34,7 +34,7 @@ PLAIN = ["subspace.kind=none"]
 TWO_POINT = ["federation.batch_size=16", "optimizer.estimator=two-point", "noise.perturbations=1"]
 BACKWARD = ["federation.batch_size=16", "optimizer.estimator=backward", "noise.perturbations=1"]
 MIXED = ["optimizer.exact_clients=[0, 1]"]  # of four; the others report as the recipe says
-UNASKED = ["subspace.least_rank=0", "subspace.least_spread=0"]
+UNASKED = ["subspace.least_rank=0", "subspace.usual_spread=0"]
 """A subspace whether it fits the clients' texts or not; the arms `-asked` do what the rules say."""
 SHORT = ["federation.rounds=30", "optimizer.learning_rate=0.15", "optimizer.epsilon=0.04"]
 K = 32

@@ -165,13 +165,14 @@ def test_exact_reports_need_the_subspace(
 @pytest.mark.parametrize(
     ("changes", "rank", "spread", "fits"),
     [
-        ({}, 2.1, 1.1, True),  # an eighth of 16 is asked for
-        ({}, 1.9, 1.1, False),
-        ({"least_spread": 0.5}, 2.1, 0.9, True),
-        ({"least_rank": 1.5}, 1.6, 1.1, True),
-        ({"least_rank": 1.5}, 1.4, 1.1, False),
-        ({"least_rank": 0}, 1.0, 1.1, True),
-        ({"least_rank": 0, "least_spread": 0}, 1.0, 0.1, True),
+        ({}, 2.1, 1.75, True),  # an eighth of 16 is asked for
+        ({}, 1.9, 1.75, False),
+        ({"usual_spread": 0.9}, 2.1, 0.9, True),
+        ({}, 2.1, 2.5, False),
+        ({"least_rank": 1.5}, 1.6, 1.75, True),
+        ({"least_rank": 1.5}, 1.4, 1.75, False),
+        ({"least_rank": 0}, 1.0, 1.75, True),
+        ({"least_rank": 0, "usual_spread": 0}, 1.0, 0.1, True),
         ({"dimensions": 8}, 1.0, 0.1, True),  # too few to tell
         ({"kind": "random"}, 1.0, 0.1, True),
     ],
@@ -190,28 +191,31 @@ def test_what_is_asked_for(
     assert (fit.fitted(assemble(recipe)).recipe == recipe) == fits
 
 
-def test_steps_are_shorter_where_scores_spread_by_little(
+@pytest.mark.parametrize(("spread", "scale"), [(0.87, 0.5), (3.5, 2.0), (9.9, 2.5)])
+def test_steps_go_with_the_spread_of_scores(
+    spread: float,
+    scale: float,
     data: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Rate and ε go with the spread, are written down, and are said; what was given stays."""
-    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(9.0, 0.9))
+    monkeypatch.setattr(fit, "fit_of", lambda assembly: Fit(9.0, spread))
     recipe = parse_recipe(merged(data, federation={"rounds": 2}, optimizer={"epsilon": "auto"}))
     assert recipe.optimizer.learning_rate == 0.01  # given
     found = fit.fitted(assemble(recipe)).recipe
-    assert found.epsilon == pytest.approx(0.5 * recipe.epsilon)
+    assert found.epsilon == pytest.approx(scale * recipe.epsilon)
     assert found.learning_rate == 0.01
     free = merged(data, federation={"rounds": 2})
     free["optimizer"] = {}
     recipe = parse_recipe(free)
     found = fit.fitted(assemble(recipe)).recipe
-    assert found.learning_rate == pytest.approx(0.5 * recipe.learning_rate)
+    assert found.learning_rate == pytest.approx(scale * recipe.learning_rate)
     assert found.subspace == recipe.subspace
     with caplog.at_level(logging.WARNING):
         summary = meerkat.run(recipe, tmp_path / "run", observers=())
-    assert "subspace.least_spread = 1" in caplog.text
+    assert "subspace.usual_spread = 1.75" in caplog.text
     assert summary["fingerprint"] == found.fingerprint != recipe.fingerprint
     written = json.loads((tmp_path / "run/recipe.json").read_text())
     assert written["optimizer"]["learning_rate"] == found.learning_rate
@@ -261,7 +265,7 @@ def test_it_is_no_part_of_what_a_run_is(data: dict[str, Any]) -> None:
         return parse_recipe(merged(data, subspace={"least_rank": least}))
 
     assert made(3.0).fingerprint == parse_recipe(data).fingerprint
-    assert parse_recipe(merged(data, subspace={"least_spread": 1.0})) == parse_recipe(data)
+    assert parse_recipe(merged(data, subspace={"usual_spread": 1.75})) == parse_recipe(data)
     masks = [assemble(made(least)).found_mask for least in (3.0, 0.0)]
     assert masks[0].path == masks[1].path
     assert masks[0].mask.fingerprint == masks[1].mask.fingerprint
@@ -273,3 +277,9 @@ def test_calibrate_says_how_much_is_used(data: dict[str, Any], tmp_path: Path) -
     done = invoke("calibrate", path)
     assert done.exit_code == 0, done.output
     assert "the clients' texts make use of" in done.output
+    measured = api.calibrate(path).fit
+    assert measured is not None
+    assert measured.epsilon is not None
+    assert f"epsilon = {measured.epsilon:.3g} go with that" in " ".join(done.output.split())
+    scaled = fit.fitted(assemble(parse_recipe(data))).recipe
+    assert (measured.learning_rate, measured.epsilon) == (scaled.learning_rate, scaled.epsilon)

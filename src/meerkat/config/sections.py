@@ -151,10 +151,10 @@ class SubspaceSection(Section):
     effective rank over 64 of them; at most an eighth of `dimensions` is asked for. With fewer the
     public texts are too unlike them, and the run is made without a subspace (method.md section 9).
     A server that has no data cannot ask."""
-    least_spread: Annotated[float, Field(ge=0, allow_inf_nan=False), Neutral(1.0)] = 1.0
-    """Least spread of the answers' scores over the same texts, a standard deviation, for which a
-    step along directions that change scores by one is not too long. Where it is less, rate and ε
-    that are `auto` are smaller. With `dimensions` up to 8 neither is asked; 0 asks nothing."""
+    usual_spread: Annotated[float, Field(ge=0, allow_inf_nan=False), Neutral(1.75)] = 1.75
+    """Spread of the answers' scores over the same texts, a standard deviation, for which a step
+    along directions that change scores by one is of the right length. Rate and ε that are `auto`
+    go with the spread. With `dimensions` up to 8 neither is asked; 0 asks nothing."""
     renew_every: Annotated[int, Field(ge=0), Neutral(0)] = 0
     """Rounds after which an aligned subspace is made again, at the weights of then; 0 is never."""
     seed: Seed = 0

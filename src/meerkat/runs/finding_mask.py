@@ -38,6 +38,9 @@ class Fit:
     """How many of its directions they make use of."""
     spread: float | None
     """Standard deviation of the answers' scores over them; None for free text."""
+    learning_rate: float | None = None
+    epsilon: float | None = None
+    """η and ε of a run that goes with that spread."""
 
 
 @dataclass(frozen=True)

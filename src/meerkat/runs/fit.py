@@ -5,7 +5,7 @@ step changes scores by about one. That is no good measure in two cases (docs/res
 
 - Of texts of another kind or language most of the curvature may lie along two or three directions.
 - Where the model's own scores differ by less from text to text, such a step leaves the region in
-  which they are linear in w, and has to be shorter.
+  which they are linear in w, and has to be shorter; where they differ by more, it may be longer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "effective_rank",
     "fit_of",
     "fitted",
+    "scale_of",
     "spread_of",
     "without_subspace",
 ]
@@ -40,8 +41,9 @@ EXAMPLES = 64
 """Of the clients', that are asked."""
 _MOST_ASKED = 8
 """At most k by this is asked for: few directions cannot tell."""
-_USUAL_SPREAD = 1.8
-"""Of the demo, by which η and ε of Eq. 20 were chosen."""
+_LEAST, _MOST, _PART = 0.25, 2.5, 20
+"""Steps are so many times as long as those of Eq. 20 at least and at most, in twentieths: little
+beyond what was measured, and the same number whatever a processor's last bits are."""
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ def asks(recipe: Recipe) -> bool:
         section is not None
         and section.kind == "aligned"
         and section.dimensions > _MOST_ASKED
-        and bool(section.least_rank or section.least_spread)
+        and bool(section.least_rank or section.usual_spread)
         and recipe.mask.file is None
     )
 
@@ -94,11 +96,13 @@ def fit_of(assembly: Assembly) -> Fit | None:
     spread = None
     if assembly.task.has_classes:
         spread = spread_of(assembly.objective.scores_of(encoded).cpu().numpy())
-    return Fit(rank, spread)
+    recipe = _scaled(assembly.recipe, scale_of(spread, section.usual_spread))
+    return Fit(rank, spread, recipe.learning_rate, recipe.epsilon)
 
 
 def fitted(assembly: Assembly) -> Assembly:
-    """The same, or a run with shorter steps, or without its subspace, where that does not fit.
+    """The same, or a run with shorter or longer steps, or without its subspace, where that does
+    not fit.
 
     Raises:
         RecipeError: It does not fit, and the recipe asks for what there is in a subspace alone.
@@ -119,19 +123,28 @@ def fitted(assembly: Assembly) -> Assembly:
             raise RecipeError(f"{reason}. Without a subspace it is no run: {error}") from None
         _logger.warning("%s. The run is made without a subspace", reason)
         return replace(assembly, recipe=recipe)
-    if fit.spread is None or fit.spread >= section.least_spread:
-        return assembly
-    recipe = _shortened(assembly.recipe, fit.spread / _USUAL_SPREAD)
-    _logger.warning(
-        "the answers' scores spread by %.2f over the clients' texts, less than "
-        "subspace.least_spread = %g: steps are shorter, with optimizer.learning_rate = %.3g and "
-        "epsilon = %.3g",
-        fit.spread,
-        section.least_spread,
-        recipe.learning_rate,
-        recipe.epsilon,
-    )
+    recipe = _scaled(assembly.recipe, scale_of(fit.spread, section.usual_spread))
+    if recipe != assembly.recipe:
+        _logger.warning(
+            "the answers' scores spread by %.2f over the clients' texts, where "
+            "subspace.usual_spread = %g: optimizer.learning_rate = %.3g, epsilon = %.3g",
+            fit.spread,
+            section.usual_spread,
+            recipe.learning_rate,
+            recipe.epsilon,
+        )
     return replace(assembly, recipe=recipe)
+
+
+def scale_of(spread: float | None, usual: float) -> float:
+    """How many times as long as those of Eq. 20 steps are (method.md section 9).
+
+    >>> scale_of(3.56, 1.75), scale_of(1.73, 1.75), scale_of(0.0, 1.75), scale_of(None, 1.75)
+    (2.05, 1.0, 0.25, 1.0)
+    """
+    if spread is None or not usual:
+        return 1.0
+    return min(_MOST, max(_LEAST, round(_PART * spread / usual) / _PART))
 
 
 def without_subspace(recipe: Recipe) -> Recipe:
@@ -152,8 +165,10 @@ def without_subspace(recipe: Recipe) -> Recipe:
     return parse_recipe(data)
 
 
-def _shortened(recipe: Recipe, factor: float) -> Recipe:
-    """With rate and ε that are so much smaller where they were `auto`, written out."""
+def _scaled(recipe: Recipe, factor: float) -> Recipe:
+    """With rate and ε so many times as large where they were `auto`, written out."""
+    if factor == 1:
+        return recipe
     optimizer = recipe.optimizer
     found = {"learning_rate": recipe.learning_rate, "epsilon": recipe.epsilon}
     changes = {

@@ -146,7 +146,7 @@ def settings_of(section: SubspaceSection) -> str:
 
     Whether it is used, and when it is renewed, is no part of that.
     """
-    later = {"least_rank", "least_spread", "renew_every"}
+    later = {"least_rank", "usual_spread", "renew_every"}
     dumped = without_neutral(type(section), section.model_dump(mode="json", exclude=later))
     return json.dumps(dumped, sort_keys=True)
 

@@ -69,6 +69,9 @@ def mask_table(found: FoundMask) -> list[str]:
             line = f"the clients' texts make use of {found.fit.rank:.1f} of them"
             if found.fit.spread is not None:
                 line += f"; scores over them spread by {found.fit.spread:.1f}"
+            if found.fit.learning_rate is not None and found.fit.epsilon is not None:
+                rate, epsilon = found.fit.learning_rate, found.fit.epsilon
+                line += f"; learning_rate = {rate:.3g}, epsilon = {epsilon:.3g} go with that"
             lines.append(line)
     if found.path is not None:
         lines.append(f"mask {found.path}")
