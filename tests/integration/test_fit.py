@@ -277,9 +277,13 @@ def test_calibrate_says_how_much_is_used(data: dict[str, Any], tmp_path: Path) -
     done = invoke("calibrate", path)
     assert done.exit_code == 0, done.output
     assert "the clients' texts make use of" in done.output
+    assert "a run is made without them" in " ".join(done.output.split())
+    recipe = parse_recipe(merged(data, subspace={"least_rank": 0}))
+    path.write_text(recipe.to_json())
+    done = invoke("calibrate", path)
     measured = api.calibrate(path).fit
     assert measured is not None
     assert measured.epsilon is not None
     assert f"epsilon = {measured.epsilon:.3g} go with that" in " ".join(done.output.split())
-    scaled = fit.fitted(assemble(parse_recipe(data))).recipe
+    scaled = fit.fitted(assemble(recipe)).recipe
     assert (measured.learning_rate, measured.epsilon) == (scaled.learning_rate, scaled.epsilon)

@@ -40,7 +40,7 @@ class Fit:
     """Standard deviation of the answers' scores over them; None for free text."""
     learning_rate: float | None = None
     epsilon: float | None = None
-    """η and ε of a run that goes with that spread."""
+    """η and ε of a run that goes with that spread; None where it is made without a subspace."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Float64
 
 from meerkat.config import Recipe, parse_recipe
 from meerkat.config.automatic import SUBSPACE_BATCH, SUBSPACE_PERTURBATIONS
-from meerkat.config.sections import Choice
+from meerkat.config.sections import Choice, SubspaceSection
 from meerkat.errors import RecipeError
 from meerkat.runs.assembly import Assembly
 from meerkat.runs.finding_mask import Fit
@@ -83,6 +83,11 @@ def asks(recipe: Recipe) -> bool:
     )
 
 
+def _asked(section: SubspaceSection) -> float:
+    """The least rank, which few directions cannot have."""
+    return min(section.least_rank, section.dimensions / _MOST_ASKED)
+
+
 def fit_of(assembly: Assembly) -> Fit | None:
     """How the recipe's subspace fits 64 texts of the clients; None where it is not asked."""
     section = assembly.recipe.subspace
@@ -96,6 +101,8 @@ def fit_of(assembly: Assembly) -> Fit | None:
     spread = None
     if assembly.task.has_classes:
         spread = spread_of(assembly.objective.scores_of(encoded).cpu().numpy())
+    if rank < _asked(section):
+        return Fit(rank, spread)
     recipe = _scaled(assembly.recipe, scale_of(spread, section.usual_spread))
     return Fit(rank, spread, recipe.learning_rate, recipe.epsilon)
 
@@ -110,7 +117,7 @@ def fitted(assembly: Assembly) -> Assembly:
     section, fit = assembly.recipe.subspace, fit_of(assembly)
     if section is None or fit is None:
         return assembly
-    asked = min(section.least_rank, section.dimensions / _MOST_ASKED)
+    asked = _asked(section)
     if fit.rank < asked:
         reason = (
             f"the clients' texts make use of {fit.rank:.1f} directions of the subspace, and "

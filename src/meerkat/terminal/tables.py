@@ -72,6 +72,8 @@ def mask_table(found: FoundMask) -> list[str]:
             if found.fit.learning_rate is not None and found.fit.epsilon is not None:
                 rate, epsilon = found.fit.learning_rate, found.fit.epsilon
                 line += f"; learning_rate = {rate:.3g}, epsilon = {epsilon:.3g} go with that"
+            else:
+                line += "; a run is made without them (subspace.least_rank)"
             lines.append(line)
     if found.path is not None:
         lines.append(f"mask {found.path}")
