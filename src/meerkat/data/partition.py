@@ -6,22 +6,13 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import datasets
 import numpy as np
 
 from meerkat.config import Federation
 from meerkat.errors import DataError
 from meerkat.tasks import Example
 from meerkat.zo.noise import permutation
-
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # flwr-datasets reads it on import
-
-import datasets
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    Partitioner,
-    PathologicalPartitioner,
-)
 
 __all__ = ["label_counts", "partition"]
 
@@ -139,6 +130,15 @@ def _natural(holders: Sequence[str], federation: Federation) -> list[list[int]]:
 
 def _by_flower(labels: np.ndarray, federation: Federation, seed: int) -> list[list[int]]:
     """Partitions of flwr-datasets over a table of (index, label)."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read on import
+    # Takes a second, which a process that answers one message does not need where data are its own.
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        IidPartitioner,
+        Partitioner,
+        PathologicalPartitioner,
+    )
+
     order = permutation(seed, (4, 0), len(labels))
     table = datasets.Dataset.from_dict({"index": order.tolist(), "label": labels[order].tolist()})
     chosen, (clients, named) = federation.partition, _others(federation)
