@@ -46,11 +46,7 @@ OURS: dict[str, tuple[int, list[str]]] = {
     "aligned, passes one by one": (3, ["runtime.tokens_together=0"]),
     "aligned": (3, []),
     "aligned, int8": (3, ["runtime.weights=int8"]),
-    "aligned, from block 6, prefix kept": (3, ["mask.first_block=6", "mask.density=1.5e-3"]),
-    "aligned, exact gradients": (
-        1,
-        [*BACKWARD, "federation.rounds=15"],
-    ),
+    "aligned, exact gradients": (1, [*BACKWARD, "federation.rounds=15"]),
 }
 """Rounds between evaluations, and settings; the second arm takes the rounds of the third."""
 
