@@ -54,6 +54,7 @@ from meerkat.models.quantised import QuantisedWeight
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
+from meerkat.spaces.device_noise import draw_on
 from meerkat.spaces.mask_criteria import random_mask
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.overlay import Overlay
@@ -178,11 +179,14 @@ def tokens() -> None:
 
 def values() -> None:
     """What a step does outside its passes for n values: draw, move, write."""
-    print("| n | Gaussian | tabulated | Rademacher | numpy's | θ + a z | write |")
+    print(
+        "| n | Gaussian | tabulated | Rademacher | by torch: tabulated | Rademacher | numpy's |"
+        " θ + a z | write |"
+    )
     model = nn.ModuleList([nn.Linear(4096, 4096, bias=False) for _ in range(6)])
     parameters = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
-    generator = np.random.default_rng(0)
+    generator, cpu = np.random.default_rng(0), torch.device("cpu")
     for n in (10**4, 10**5, 10**6, 10**7):
         section = MaskSection(kind="random", density=n / total)
         mask = random_mask(parameters, section, "any")
@@ -193,6 +197,8 @@ def values() -> None:
             "gaussian": partial(draw, key, n),
             "tabulated": partial(draw, key, n, "tabulated"),
             "rademacher": partial(draw, key, n, "rademacher"),
+            "tabulated by torch": partial(draw_on, cpu, key, n, "tabulated"),
+            "rademacher by torch": partial(draw_on, cpu, key, n, "rademacher"),
             "numpy": partial(generator.standard_normal, n, np.float32),
             "move": partial(_moved, theta, z),
             "write": partial(space.write, theta),

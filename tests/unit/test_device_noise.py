@@ -11,6 +11,7 @@ from builders import make_mask, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meerkat.spaces import device_noise
 from meerkat.spaces.device_noise import draw_on, stream_on, words_on
 from meerkat.spaces.linear import LinearSpace
 from meerkat.spaces.masked import MaskedSpace
@@ -187,3 +188,23 @@ def test_slots_of_another_size_stay() -> None:
     assert isinstance(state.slots["first"], torch.Tensor)
     assert isinstance(state.slots["powers"], np.ndarray)
     assert isinstance(ModelState(state.theta).theta, torch.Tensor)
+
+
+def test_few_directions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a step has at least, else as many as there is room for."""
+    drawn = []
+    monkeypatch.setattr(
+        device_noise, "draw_on", lambda *arguments: drawn.append(1) or draw_on(*arguments)
+    )
+    monkeypatch.setattr(device_noise, "_KEPT_BYTES", 5 * 4 * SIZE)
+    for perturbations, kept in ((2, 5), (8, 8)):
+        stream = stream_on(
+            CPU, PerturbationStream(5, SIZE, "tabulated", perturbations=perturbations)
+        )
+        asked = [DirectionKey(0, step) for step in range(9)]
+        drawn.clear()
+        for key in [*asked, *asked[-kept:]]:
+            stream.z(key)
+        assert len(drawn) == 9
+        stream.z(asked[0])
+        assert len(drawn) == 10

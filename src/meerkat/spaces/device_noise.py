@@ -32,8 +32,9 @@ _WORDS_PER_COUNTER = 4
 _CPU = torch.device("cpu")
 _CHUNK = 2**20
 """Values drawn at a time: what bounds the integers beside them."""
-_KEPT = 8
-"""Directions that are kept after they were drawn: a step's, for the update that follows."""
+_KEPT, _KEPT_BYTES = 64, 64 * 2**20
+"""Most directions that are kept after they were drawn, and most bytes of them; a step's always are,
+for the update that follows and for the next client."""
 
 
 def draw_on(device: torch.device, key: NoiseKey, n: int, kind: Kind) -> Float32[Tensor, " n"]:
@@ -125,7 +126,8 @@ class DevicePerturbationStream(PerturbationStream):
         else:
             z = draw_on(self.device, self.coordinates(key), self.n, self.kind)
         self._drawn[key] = z
-        while len(self._drawn) > max(_KEPT, self.perturbations):
+        most = max(self.perturbations, min(_KEPT, _KEPT_BYTES // z.nbytes))
+        while len(self._drawn) > most:
             self._drawn.popitem(last=False)
         return z
 
