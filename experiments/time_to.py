@@ -18,11 +18,12 @@ import re
 import shutil
 import statistics
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -32,13 +33,14 @@ from meerkat.config import load_recipe
 from meerkat.federation.messages import RoundPlan
 from meerkat.journal import Journal
 from meerkat.journal.records import Evaluated
+from meerkat.runs import finding_mask, finding_subspace
 from meerkat.runs.assembly import Assembly, assemble
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
 from meerkat.zo.axes import Along
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
-AIM, REPEATS = 0.80, 3
+AIM, REPEATS = 0.80, 2
 EXAMPLES = ["evaluation.examples=384"]
 BACKWARD = ["federation.batch_size=16", "optimizer.estimator=backward", "noise.perturbations=1"]
 OURS: dict[str, tuple[int, list[str]]] = {
@@ -152,11 +154,10 @@ def stepper(arm: str) -> Callable[[int], None]:
 def preparing() -> float:
     """Seconds to make mask and subspace anew, with the model loaded."""
     found = assemble(load_recipe(RECIPE, EXAMPLES))
-    from meerkat.runs import finding_mask, finding_subspace
-
-    for module in (finding_mask, finding_subspace):
-        module.read_cached = lambda *_: None  # type: ignore[attr-defined]
-    return seconds(lambda: found.found_mask)
+    with ExitStack() as patches:
+        for module in (finding_mask, finding_subspace):
+            patches.enter_context(patch.object(module, "read_cached", lambda *_: None))
+        return seconds(lambda: found.found_mask)
 
 
 def _path(out: Path, kind: str, arm: str) -> Path:
