@@ -81,6 +81,16 @@ def test_spread_of_scores_of_the_model(data: dict[str, Any]) -> None:
     assert fit.spread_of(four + 9 * four[:, :1]) == pytest.approx(fit.spread_of(four))
 
 
+@given(st.floats(min_value=0) | st.just(float("nan")), st.floats(0.1, 10))
+def test_steps_are_of_a_bounded_length(spread: float, usual: float) -> None:
+    scale = fit.scale_of(spread, usual)
+    assert 0.25 <= scale <= 2.5
+    assert scale * 20 == pytest.approx(round(scale * 20))
+    if 0.3 < spread / usual < 2.4:
+        assert scale == pytest.approx(spread / usual, abs=0.0251)
+    assert fit.scale_of(spread, 0) == fit.scale_of(None, usual) == 1.0
+
+
 def test_labels_take_no_part(data: dict[str, Any]) -> None:
     found = assemble(parse_recipe(data))
     rank = rank_of(found)

@@ -10,6 +10,7 @@ from builders import merged
 
 import meerkat
 from meerkat.config import parse_recipe
+from meerkat.errors import ModelError
 from meerkat.models import recomputing
 from meerkat.runs.assembly import assemble
 
@@ -31,6 +32,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "runtime": {"weights": "int8"},
     },
 }
+
+
+def test_a_model_without_blocks_is_refused(
+    tiny_recipe_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = assemble(parse_recipe(merged(tiny_recipe_data, runtime={"recompute": True})))
+    monkeypatch.setattr(found.loaded.model, "modules", lambda: iter(()))
+    monkeypatch.setattr(found.loaded.model, "named_modules", lambda: iter(()))
+    with pytest.raises(ModelError, match=r"runtime.recompute.*set it to false"):
+        _ = found.objective
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import overload
 
 import torch
+from torch import nn
 
 from meerkat.algorithms import make_algorithm
 from meerkat.config import Recipe
 from meerkat.data.clients import client_label_counts, load_partition
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
-from meerkat.errors import ModelError
+from meerkat.errors import MaskError, ModelError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
@@ -126,8 +127,18 @@ class Assembly:
         if runtime.compile:
             # Compiled code outlives the process. torch has set a folder of its own by now.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
-        blocks = decoder_blocks(self.loaded.model)[1] if runtime.recompute else ()
-        return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile, list(blocks))
+        blocks = self._blocks if runtime.recompute else []
+        return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile, blocks)
+
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        try:
+            return list(decoder_blocks(self.loaded.model)[1])
+        except MaskError:
+            raise ModelError(
+                f"runtime.recompute = true needs decoder blocks, and model.name = "
+                f"{self.loaded.name!r} has no list of them; set it to false"
+            ) from None
 
     def quantise(self) -> None:
         """From here on all but the masked weights have the bits of `runtime.weights`."""

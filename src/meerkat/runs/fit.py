@@ -151,7 +151,7 @@ def scale_of(spread: float | None, usual: float) -> float:
     """
     if spread is None or not usual:
         return 1.0
-    return min(_MOST, max(_LEAST, round(_PART * spread / usual) / _PART))
+    return round(_PART * min(_MOST, max(_LEAST, spread / usual))) / _PART
 
 
 def without_subspace(recipe: Recipe) -> Recipe:
