@@ -50,7 +50,7 @@ OURS: dict[str, tuple[int, list[str]]] = {
     "aligned, int8": (3, ["runtime.weights=int8"]),
     "aligned, exact gradients": (1, [*BACKWARD, "federation.rounds=15"]),
 }
-"""Rounds between evaluations, and settings; the second arm takes the rounds of the third."""
+"""Rounds between evaluations, and settings. One by one a run takes the rounds of `aligned`."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def measure_steps(out: Path, arms: list[str]) -> None:
 
 
 def measure_seconds(out: Path, arms: list[str]) -> None:
-    """Arms in turn, each loaded anew: seven models at a time are too many."""
+    """Arms in turn, each loaded anew: all at a time are too many for the memory."""
     if _kept(out, "seconds", "preparing") is None:
         _keep(out, "seconds", "preparing", [preparing()])
     for turn in range(REPEATS):

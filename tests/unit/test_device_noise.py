@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,17 +11,17 @@ import torch
 from builders import make_mask, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import noise_keys
 
 from meerkat.spaces import device_noise
-from meerkat.spaces.device_noise import draw_on, stream_on, words_on
+from meerkat.spaces.device_noise import draw_on, place_on, stream_on, words_on
 from meerkat.spaces.linear import LinearSpace
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.zo.arrays import copied, divided, on_host, square_root, zeros_like
 from meerkat.zo.directions import DirectionKey, PerturbationStream
 from meerkat.zo.estimators import ESTIMATORS
 from meerkat.zo.log import LogEntry, Update, apply_log
-from meerkat.zo.noise import BLOCK, SHARED, NoiseKey, draw, words
-from meerkat.zo.state import ModelState
+from meerkat.zo.noise import BLOCK, NoiseKey, draw, words
 from meerkat.zo.update_rules import UPDATE_RULES
 from meerkat.zo.update_rules.adam import Adam
 from meerkat.zo.update_rules.base import UpdateRule
@@ -31,14 +32,6 @@ CPU = torch.device("cpu")
 SIZE = 300
 coordinates = st.tuples(
     st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1)
-)
-keys = st.builds(
-    NoiseKey,
-    seed=st.integers(0, 2**63 - 1),
-    round=st.integers(0, 2**31 - 1),
-    step=st.integers(0, 2**16 - 1),
-    perturbation=st.integers(0, 2**8 - 1),
-    client=st.integers(0, SHARED),
 )
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
 kinds = pytest.mark.parametrize("kind", ["tabulated", "rademacher", "gaussian"])
@@ -58,7 +51,7 @@ def test_words_are_those_of_numpy(
 
 
 @kinds
-@given(key=keys, n=st.integers(1, 700))
+@given(key=noise_keys, n=st.integers(1, 700))
 @settings(max_examples=30)
 def test_values_are_those_of_numpy(kind: str, key: NoiseKey, n: int) -> None:
     assert same(draw_on(CPU, key, n, kind), draw(key, n, kind))
@@ -146,8 +139,8 @@ def test_perturbed_points_keep_their_bits(kind: str) -> None:
         theta = draw(NoiseKey(1, 0, 0), SIZE)
         here = theta if name == "numpy" else torch.tensor(theta)
 
-        def losses(offset: object, here: object = here, name: str = name) -> np.ndarray:
-            place = here if offset is None else here + offset  # type: ignore[operator]
+        def losses(offset: Any, here: Any = here, name: str = name) -> np.ndarray:
+            place = here if offset is None else here + offset
             seen.setdefault(name, []).append(on_host(place).tobytes())
             return np.array([float(len(seen[name]))])
 
@@ -182,12 +175,18 @@ def test_a_subspace_has_the_same_bits() -> None:
     assert read[0].tobytes() == read[1].tobytes()
 
 
-def test_slots_of_another_size_stay() -> None:
-    state = Adam().init(draw(NoiseKey(1, 0, 0), SIZE)).placed(torch.tensor)
-    assert isinstance(state.slots, MappingProxyType | dict)
-    assert isinstance(state.slots["first"], torch.Tensor)
-    assert isinstance(state.slots["powers"], np.ndarray)
-    assert isinstance(ModelState(state.theta).theta, torch.Tensor)
+@pytest.mark.parametrize("size", [1, 2, SIZE])
+def test_what_a_rule_counts_by_stays(size: int) -> None:
+    """The powers of Adam, two float64, are no part of θ, even where θ has two values."""
+    start = Adam().init(draw(NoiseKey(1, 0, 0), size))
+    there = start.placed(torch.tensor).placed(partial(place_on, CPU))
+    for name in ("first", "second"):
+        assert isinstance(there.slots[name], torch.Tensor)
+    assert isinstance(there.slots["powers"], np.ndarray)
+    stream = PerturbationStream(5, size, "rademacher")
+    updates = [Update(0.1, (LogEntry(DirectionKey(0, 0), 0.7),))]
+    found = apply_log(there, updates, Adam(), stream_on(CPU, stream))
+    assert found.digest == apply_log(start, updates, Adam(), stream).digest
 
 
 def test_few_directions_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,10 @@ class ModelState:
         return sum(array.nbytes for array in (self.theta, *self.slots.values()))
 
     def placed(self, place: Place) -> ModelState:
-        """The same state with all that is as long as θ where `place` takes it."""
+        """The same state where `place` takes θ, and slots of a float32 for each of its values."""
+        form = self.theta.shape, self.theta.dtype.itemsize
         slots = {
-            name: place(slot) if slot.shape == self.theta.shape else slot
+            name: place(slot) if (slot.shape, slot.dtype.itemsize) == form else slot
             for name, slot in self.slots.items()
         }
         return ModelState(place(self.theta), slots)
