@@ -31,6 +31,7 @@ CHOICES: dict[str, Sections] = {
     "momentum": {"optimizer": {"rule": "momentum"}},
     "momentum-0.5": {"optimizer": {"rule": {"kind": "momentum", "decay": 0.5}}},
     "adam": {"optimizer": {"rule": {"kind": "adam", "beta2": 0.99}, "learning_rate": 1e-3}},
+    "hiso": {"optimizer": {"rule": {"kind": "hiso", "smoothing": 0.9}, "learning_rate": 1e-3}},
     "one-sided": {
         "optimizer": {"estimator": "one-sided"},
         "noise": {"perturbations": 3},

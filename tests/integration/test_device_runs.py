@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pool": {"noise": {"kind": "tabulated", "keys": {"kind": "pool", "size": 3}}},
     "momentum": {"optimizer": {"rule": "momentum"}, "noise": {"kind": "tabulated"}},
     "adam": {"optimizer": {"rule": "adam"}, "noise": {"kind": "rademacher"}},
+    "hiso": {"optimizer": {"rule": "hiso", "learning_rate": 1e-3}},
     "one-sided": {"optimizer": {"estimator": "one-sided"}, "noise": {"perturbations": 3}},
     "forward-mode": {"optimizer": {"estimator": "forward-mode"}},
     "stopping": {

@@ -130,7 +130,7 @@ def walk(client: int, plan: RoundPlan, start: ModelState, algorithm: Algorithm) 
             return np.array([moved[:5] @ moved[:5] / 2 + weight * moved[0]])
 
         update, estimate = algorithm.local_step(
-            losses_at, plan.round, step, client, plan.learning_rate
+            losses_at, state, plan.round, step, client, plan.learning_rate
         )
         state = algorithm.apply(state, [update])
         scalars += estimate.coefficients

@@ -25,6 +25,7 @@ from meerkat.zo.noise import BLOCK, NoiseKey, draw, words
 from meerkat.zo.update_rules import UPDATE_RULES
 from meerkat.zo.update_rules.adam import Adam
 from meerkat.zo.update_rules.base import UpdateRule
+from meerkat.zo.update_rules.hiso import HiSo
 from meerkat.zo.update_rules.momentum import Momentum
 from meerkat.zo.update_rules.sgd import SGD
 
@@ -87,7 +88,7 @@ def test_an_axis_is_one_too() -> None:
     assert same(stream_on(CPU, stream).z(key), stream.z(key))
 
 
-RULES: list[UpdateRule] = [SGD(), Momentum(0.7), Adam(0.8, 0.95, 1e-6)]
+RULES: list[UpdateRule] = [SGD(), Momentum(0.7), Adam(0.8, 0.95, 1e-6), HiSo(0.9, 1e-4)]
 
 
 def test_every_rule_is_tried() -> None:

@@ -279,7 +279,7 @@ def test_a_step_of_gradient_descent_is_one() -> None:
     gradient = np.array([1.0, -2.0, 0.5, 0.0, 4.0])
     algorithm = algorithm_of(K, **EXACT)
     state = algorithm.init(np.zeros(K, np.float32))
-    update, estimate = algorithm.local_step(Linear(), 0, 0, 0, 0.5, "axes")
+    update, estimate = algorithm.local_step(Linear(), state, 0, 0, 0, 0.5, "axes")
     assert update.entries == ()
     assert estimate.loss == 0.5
     np.testing.assert_allclose(estimate.coefficients, gradient * math.sqrt(K), rtol=1e-6)

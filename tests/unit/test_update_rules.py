@@ -21,11 +21,20 @@ from meerkat.zo.noise import SHARED, NoiseKey, draw
 from meerkat.zo.state import ModelState
 from meerkat.zo.update_rules import UPDATE_RULES
 from meerkat.zo.update_rules.adam import Adam
-from meerkat.zo.update_rules.base import UpdateRule, estimate
+from meerkat.zo.update_rules.base import UpdateRule, estimate, shaped
+from meerkat.zo.update_rules.hiso import HiSo
 from meerkat.zo.update_rules.momentum import Momentum
 from meerkat.zo.update_rules.sgd import SGD
 
-RULES: list[UpdateRule] = [SGD(), Momentum(), Momentum(0.5), Adam(), Adam(0.8, 0.95, 1e-6)]
+RULES: list[UpdateRule] = [
+    SGD(),
+    Momentum(),
+    Momentum(0.5),
+    Adam(),
+    Adam(0.8, 0.95, 1e-6),
+    HiSo(),
+    HiSo(0.5, 1e-3),
+]
 SIZE, Q, ETA = 40, 3, 0.05
 THETA = draw(NoiseKey(1, 0, 0), SIZE)
 CURVATURE = np.linspace(0.5, 2, SIZE)
@@ -55,6 +64,29 @@ def plain_adam(theta: np.ndarray, memory: dict[str, Any], g: np.ndarray) -> np.n
     m = memory["m"] = 0.8 * memory.get("m", 0) + 0.2 * g
     v = memory["v"] = 0.95 * memory.get("v", 0) + 0.05 * g**2
     return theta - ETA * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6)
+
+
+def test_hiso_perturbs_and_moves_along_shaped_directions() -> None:
+    """Against the pseudo-code of arXiv 2506.02370 in float64, T = 1, Q directions."""
+    rule = HiSo(0.9, 1e-4)
+    state, theta, h = rule.init(THETA), THETA.astype(np.float64), np.ones(SIZE)
+    for step in range(30):
+        drawn = [draw(NoiseKey(5, 0, step, q), SIZE) for q in range(Q)]
+        along = [z.astype(np.float64) / np.sqrt(h) for z in drawn]
+        for z, own in zip(drawn, along, strict=True):
+            np.testing.assert_allclose(shaped(rule, state, z), own, rtol=1e-4)
+        slopes = [float(CURVATURE * theta @ u) / Q for u in along]
+        state = rule.apply(state, ETA, list(zip(slopes, drawn, strict=True)))
+        moved = np.sum([c * u for c, u in zip(slopes, along, strict=True)], axis=0)
+        theta, h = theta - ETA * moved, 0.9 * h + 0.1 * (moved**2 + 1e-4)
+        np.testing.assert_allclose(state.theta, theta, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(state.slots["curvature"], h, rtol=1e-3)
+    assert h.max() / h.min() > 2
+
+
+def test_other_rules_leave_directions_as_they_are() -> None:
+    for rule in (SGD(), Momentum(), Adam()):
+        assert shaped(rule, rule.init(THETA), THETA) is THETA
 
 
 @pytest.mark.parametrize(
@@ -252,7 +284,7 @@ def test_a_rule_of_a_recipe(kind: str, options: dict[str, Any], rule: UpdateRule
 @pytest.mark.parametrize(
     ("kind", "options", "parts"),
     [
-        ("lion", {}, ["optimizer.rule = 'lion' is not known", "adam, momentum, sgd"]),
+        ("lion", {}, ["optimizer.rule = 'lion' is not known", "adam, hiso, momentum, sgd"]),
         ("sgd", {"decay": 0.5}, ["'sgd': decay is not one of its options", "it takes none"]),
         ("momentum", {"beta": 0.5}, ["beta is not one of its options", "known are decay"]),
         ("adam", {"decay": 0.5}, ["decay is not one", "known are beta1, beta2, delta"]),

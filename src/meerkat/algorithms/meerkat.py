@@ -19,6 +19,7 @@ from meerkat.zo.estimators import ESTIMATORS
 from meerkat.zo.key_schemes import KEY_SCHEMES
 from meerkat.zo.orthogonal import LARGEST
 from meerkat.zo.update_rules import UPDATE_RULES
+from meerkat.zo.update_rules.base import ShapingRule
 
 __all__ = ["meerkat"]
 
@@ -51,6 +52,9 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
             f"clients share, and noise.directions is {noise.directions!r}; take 'mean', or share "
             "the directions"
         )
+    rule = build(UPDATE_RULES, optimizer.rule.kind, optimizer.rule.options, "optimizer.rule")
+    if isinstance(rule, ShapingRule):
+        _check_shaping(recipe)
     keys = build(KEY_SCHEMES, noise.keys.kind, noise.keys.options, "noise.keys")
     if recipe.noise_kind == "orthogonal":
         _check_orthogonal(recipe, n)
@@ -66,7 +70,7 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
     )
     return ZerothOrder(
         stream=stream,
-        rule=build(UPDATE_RULES, optimizer.rule.kind, optimizer.rule.options, "optimizer.rule"),
+        rule=rule,
         estimator=estimator,
         epsilon=recipe.epsilon,
         transforms=tuple(
@@ -82,6 +86,25 @@ def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
         weighting=federation.weighting,
         weight_cap=federation.weight_cap or math.inf,
     )
+
+
+def _check_shaping(recipe: Recipe) -> None:
+    """Directions that depend on the state fit neither exact reports nor GradIP.
+
+    Raises:
+        RecipeError: The recipe asks for one of them.
+    """
+    name, optimizer = f"optimizer.rule = {recipe.optimizer.rule.kind!r}", recipe.optimizer
+    if optimizer.exact_clients or optimizer.estimator.kind == "backward":
+        raise RecipeError(
+            f"{name} moves along directions of its own, and an exact report has none; take "
+            "another rule, or another estimator and no optimizer.exact_clients"
+        )
+    if recipe.selection.kind == "gradip" and recipe.selection.signal == "gradip":
+        raise RecipeError(
+            f"{name} moves along directions of its own, which GradIP does not know; set "
+            "selection.signal = 'projected-gradient'"
+        )
 
 
 def _check_orthogonal(recipe: Recipe, n: int) -> None:

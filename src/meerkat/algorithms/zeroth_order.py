@@ -20,7 +20,7 @@ from meerkat.zo.estimators import Estimate, Estimator, LossesAt
 from meerkat.zo.estimators.backward import Backward
 from meerkat.zo.log import LogEntry, Update, apply_log
 from meerkat.zo.state import ModelState, Theta
-from meerkat.zo.update_rules import UpdateRule
+from meerkat.zo.update_rules.base import UpdateRule, shaped
 
 __all__ = ["ZerothOrder"]
 
@@ -48,6 +48,7 @@ class ZerothOrder:
     def local_step(
         self,
         losses_at: LossesAt,
+        state: ModelState,
         round: int,
         step: int,
         client: int,
@@ -57,7 +58,8 @@ class ZerothOrder:
         if along == "axes":
             estimate = Backward().estimate(losses_at, (), self.epsilon)
         else:
-            drawn = [self.stream.z(key) for key in self.stream.keys(round, step, client)]
+            keys = self.stream.keys(round, step, client)
+            drawn = [shaped(self.rule, state, self.stream.z(key)) for key in keys]
             estimate = self.estimator.estimate(losses_at, drawn, self.epsilon)
         coefficients = np.array(estimate.coefficients, np.float64)
         place = Place(self.stream.seed, round, step, client, along)

@@ -238,7 +238,7 @@ class Federation(Section):
 
 class Optimizer(Section):
     rule: Annotated[Choice, Neutral("sgd")] = Choice(kind="sgd")
-    """The update rule: `sgd` (the method), `momentum` or `adam`; see `zo.update_rules`."""
+    """The update rule: `sgd` (the method), `momentum`, `adam` or `hiso`; see `zo.update_rules`."""
     estimator: Annotated[Choice, Neutral("two-point")] = Choice(kind="two-point")
     """From losses to coefficients: `two-point` (the method), `one-sided` or `one-sided-mean`;
     without ε `forward-mode`, the exact slope along a direction, and in a subspace `backward`, its k

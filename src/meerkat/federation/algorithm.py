@@ -36,13 +36,14 @@ class Algorithm(Protocol):
     def local_step(
         self,
         losses_at: LossesAt,
+        state: ModelState,
         round: int,
         step: int,
         client: int,
         learning_rate: float,
         along: Along = "drawn",
     ) -> tuple[Update, Estimate]:
-        """On the client: one local step's update, from losses near its θ.
+        """On the client: one local step's update, from losses near the state's θ.
 
         The coefficients of the estimate are those that are reported; the update is made from them.
 

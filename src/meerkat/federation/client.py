@@ -142,7 +142,7 @@ class Client:
         for step in range(plan.steps):
             losses_at = _Losses(worker, state.theta, self.batch(plan.first_step + step))
             update, estimate = algorithm.local_step(
-                losses_at, plan.round, step, self.number, plan.learning_rate, plan.along
+                losses_at, state, plan.round, step, self.number, plan.learning_rate, plan.along
             )
             state = algorithm.apply(state, [update])
             yield LocalStep(estimate.coefficients, estimate.loss, state)

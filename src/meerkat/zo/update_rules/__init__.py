@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from meerkat.zo.update_rules.adam import Adam
 from meerkat.zo.update_rules.base import UpdateRule
+from meerkat.zo.update_rules.hiso import HiSo
 from meerkat.zo.update_rules.momentum import Momentum
 from meerkat.zo.update_rules.sgd import SGD
 
@@ -13,6 +14,7 @@ __all__ = ["UPDATE_RULES", "UpdateRule"]
 
 UPDATE_RULES: Mapping[str, Callable[..., UpdateRule]] = {
     "adam": Adam,
+    "hiso": HiSo,
     "momentum": Momentum,
     "sgd": SGD,
 }

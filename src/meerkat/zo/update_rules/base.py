@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from meerkat.zo.arrays import zeros_like
 from meerkat.zo.state import ModelState, Theta
 
-__all__ = ["Term", "UpdateRule", "estimate"]
+__all__ = ["ShapingRule", "Term", "UpdateRule", "estimate", "shaped"]
 
 Term = tuple[float, Theta]
 """A coefficient, and its direction."""
@@ -28,6 +28,19 @@ class UpdateRule(Protocol):
 
     def apply(self, state: ModelState, learning_rate: float, terms: Iterable[Term]) -> ModelState:
         """The state after one update; `terms` can be read once."""
+
+
+@runtime_checkable
+class ShapingRule(UpdateRule, Protocol):
+    """A rule whose state decides along what θ is perturbed and moved, as a preconditioner does."""
+
+    def shaped(self, state: ModelState, z: Theta) -> Theta:
+        """What stands for the direction z in this state."""
+
+
+def shaped(rule: UpdateRule, state: ModelState, z: Theta) -> Theta:
+    """The direction that losses are taken along in this state: z itself under most rules."""
+    return rule.shaped(state, z) if isinstance(rule, ShapingRule) else z
 
 
 def estimate(terms: Iterable[Term], like: Theta) -> Theta:
