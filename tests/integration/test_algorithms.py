@@ -41,6 +41,8 @@ CHOICES: dict[str, Sections] = {
         "noise": {"perturbations": 3},
     },
     "fedkseed": {"algorithm": "fedkseed"},
+    "feddyn": {"algorithm": {"kind": "feddyn", "alpha": 0.5}},
+    "feddyn-sampled": {"algorithm": "feddyn", "federation": {"clients_per_round": 2}},
     "pool": {"noise": {"keys": {"kind": "pool", "size": 3}}},
     "clip": {"federation": {"transforms": [{"kind": "clip", "bound": BOUND}]}},
     "all": {
@@ -260,7 +262,27 @@ def test_what_a_client_clips_is_what_it_reports(whole: Callable[[str], Whole]) -
     [
         (
             {"algorithm": "fedavg"},
-            r"algorithm = 'fedavg' is not known; known are fedkseed, meerkat",
+            r"algorithm = 'fedavg' is not known; known are feddyn, fedkseed, meerkat",
+        ),
+        (
+            {"algorithm": {"kind": "feddyn", "alpha": 0.0}},
+            r"'feddyn': alpha = 0\.0 is not pos",
+        ),
+        (
+            {"algorithm": "feddyn", "optimizer": {"rule": "adam"}},
+            r"algorithm = 'feddyn' goes with optimizer\.rule = 'sgd' alone",
+        ),
+        (
+            {"algorithm": "feddyn", "runtime": {"engine": "flower"}},
+            r"algorithm = 'feddyn' has clients that carry .* where runtime\.engine = 'local'",
+        ),
+        (
+            {"optimizer": {"rule": "hiso", "estimator": "backward"}, "subspace": {}},
+            r"optimizer\.rule = 'hiso' moves along directions of its own, and an exact report",
+        ),
+        (
+            {"optimizer": {"rule": "hiso"}, "selection": {"kind": "gradip", "signal": "gradip"}},
+            r"optimizer\.rule = 'hiso' moves .* set selection\.signal = 'projected-gradient'",
         ),
         ({"optimizer": {"rule": "adamw"}}, r"optimizer\.rule = 'adamw' is not known; .*momentum"),
         (

@@ -6,19 +6,25 @@ is `per-client`. Within a step, coefficients of one seed are added up.
 
 from __future__ import annotations
 
-from meerkat.algorithms.meerkat import meerkat
+from dataclasses import dataclass
+
+from meerkat.algorithms.meerkat import assembled
 from meerkat.algorithms.zeroth_order import ZerothOrder
 from meerkat.config import Choice, Recipe
 
-__all__ = ["fedkseed"]
+__all__ = ["FedKSeed"]
 
 
-def fedkseed(recipe: Recipe, n: int) -> ZerothOrder:
-    """The recipe with a seed pool and directions for each client.
+@dataclass(frozen=True)
+class FedKSeed:
+    """A recipe with a seed pool, and directions for each client."""
 
-    Raises:
-        RecipeError: As `meerkat`.
-    """
-    keys = recipe.noise.keys if recipe.noise.keys.kind == "pool" else Choice(kind="pool")
-    noise = recipe.noise.model_copy(update={"keys": keys, "directions": "per-client"})
-    return meerkat(recipe.model_copy(update={"noise": noise}), n)
+    def algorithm(self, recipe: Recipe, n: int) -> ZerothOrder:
+        """The algorithm of a recipe, for a state of n values.
+
+        Raises:
+            RecipeError: As `assembled`.
+        """
+        keys = recipe.noise.keys if recipe.noise.keys.kind == "pool" else Choice(kind="pool")
+        noise = recipe.noise.model_copy(update={"keys": keys, "directions": "per-client"})
+        return assembled(recipe.model_copy(update={"noise": noise}), n)

@@ -7,6 +7,7 @@ Meerkat-vp adds early stopping, which `selection` says.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from meerkat.algorithms.zeroth_order import ZerothOrder
 from meerkat.config import Recipe
@@ -21,11 +22,24 @@ from meerkat.zo.orthogonal import LARGEST
 from meerkat.zo.update_rules import UPDATE_RULES
 from meerkat.zo.update_rules.base import ShapingRule
 
-__all__ = ["meerkat"]
+__all__ = ["Meerkat", "assembled"]
 
 
-def meerkat(recipe: Recipe, n: int) -> ZerothOrder:
-    """All choices as the recipe has them.
+@dataclass(frozen=True)
+class Meerkat:
+    """All choices as the recipe has them."""
+
+    def algorithm(self, recipe: Recipe, n: int) -> ZerothOrder:
+        """The algorithm of a recipe, for a state of n values.
+
+        Raises:
+            RecipeError: As `assembled`.
+        """
+        return assembled(recipe, n)
+
+
+def assembled(recipe: Recipe, n: int) -> ZerothOrder:
+    """What a recipe's choices give together; other methods change some of them first.
 
     Raises:
         RecipeError: A choice is not known, or does not fit the others.

@@ -43,7 +43,7 @@ _MOST_NUMBERS = 4096
 class Recipe(Section):
     """A whole run. `Recipe.fingerprint` names it."""
 
-    algorithm: Annotated[str, Neutral("meerkat")] = "meerkat"
+    algorithm: Annotated[Choice, Neutral("meerkat")] = Choice(kind="meerkat")
     """The method: see `algorithms`."""
     model: ModelSection
     task: TaskSection

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from meerkat.engines.base import Assignment, Outcome
 from meerkat.federation.client import Client, Worker
+from meerkat.federation.messages import CALIBRATION
+from meerkat.federation.rounds import RoundRecord
 from meerkat.spaces.base import ParameterSpace
 from meerkat.spaces.mask_file import Mask
 from meerkat.transport.messages import decode_plan, decode_report, encode_plan, encode_report
@@ -45,6 +47,12 @@ class LocalEngine:
         self._worker.enter(self._space_of(mask), begins)
         self._worker.synchronise(state, position)
 
+    def recall(self, records: Iterable[RoundRecord]) -> None:
+        """Make what clients carry from round to round again, from the rounds of a journal."""
+        for record in records:
+            for report in record.reports:
+                self._worker.remember(report, record.updates[0].learning_rate)
+
     def run(self, assignment: Assignment) -> Outcome:
         """Each client answers its plan; plan and report are encoded and decoded as on the wire."""
         reports, losses, up, down = [], [], 0, 0
@@ -53,6 +61,8 @@ class LocalEngine:
             report, loss = self._clients[number].answer(decode_plan(sent), self._worker)
             received = encode_report(report)
             reports.append(decode_report(received))
+            if plan.round != CALIBRATION:
+                self._worker.remember(reports[-1], plan.learning_rate)
             losses.append(loss)
             up += len(received)
             down += len(sent)

@@ -16,7 +16,7 @@ from meerkat.zo.estimators import Estimate, LossesAt
 from meerkat.zo.log import Update
 from meerkat.zo.state import ModelState, Theta
 
-__all__ = ["Algorithm"]
+__all__ = ["Algorithm", "RememberingAlgorithm"]
 
 
 @runtime_checkable
@@ -64,3 +64,20 @@ class Algorithm(Protocol):
 
     def apply(self, state: ModelState, updates: Iterable[Update]) -> ModelState:
         """Everywhere: the state after some updates."""
+
+
+@runtime_checkable
+class RememberingAlgorithm(Algorithm, Protocol):
+    """A method whose clients carry a vector from round to round.
+
+    It is a function of their reports, so whoever has these has it. Only an engine in one process
+    keeps it (`engines.local`).
+    """
+
+    def regularised(
+        self, losses_at: LossesAt, theta: Theta, start: Theta, memory: Theta | None
+    ) -> LossesAt:
+        """The client's local losses near θ, in a round that started from `start`."""
+
+    def remembered(self, memory: Theta | None, report: ClientReport, learning_rate: float) -> Theta:
+        """What a client carries after a report."""

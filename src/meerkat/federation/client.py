@@ -12,11 +12,12 @@ from jaxtyping import Float64
 
 from meerkat.data.batch_order import batch_indices
 from meerkat.errors import ProtocolError, RecipeError
-from meerkat.federation.algorithm import Algorithm
+from meerkat.federation.algorithm import Algorithm, RememberingAlgorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.spaces.base import DifferentiableSpace, OverlaidSpace, ParameterSpace
 from meerkat.tasks.objective import CopyingObjective, DifferentiableObjective, Objective
 from meerkat.zo.arrays import Place
+from meerkat.zo.estimators import LossesAt
 from meerkat.zo.log import Update
 from meerkat.zo.state import ModelState, Theta
 
@@ -49,6 +50,8 @@ class Worker:
         self.state = self.initial
         self.position = 0
         """Updates of the log that the state contains."""
+        self.memories: dict[int, Theta] = {}
+        """What clients of a `RememberingAlgorithm` carry from round to round, by number."""
 
     def enter(self, space: ParameterSpace, position: int) -> None:
         """Go on in another space, from its own start, which follows so many updates.
@@ -78,6 +81,13 @@ class Worker:
         fresh = updates[self.position - start :]
         self.state = self.algorithm.apply(self.state, fresh)
         self.position += len(fresh)
+
+    def remember(self, report: ClientReport, learning_rate: float) -> None:
+        """Bring what a client carries up to date by its report, where the algorithm needs that."""
+        if isinstance(self.algorithm, RememberingAlgorithm):
+            held = self.memories.get(report.client)
+            found = self.algorithm.remembered(held, report, learning_rate)
+            self.memories[report.client] = found
 
     def _placed(self, state: ModelState) -> ModelState:
         return state if self._place is None else state.placed(self._place)
@@ -140,7 +150,10 @@ class Client:
         """T_k local steps from the plan's state (method.md section 3)."""
         state, algorithm = worker.start(plan), worker.algorithm
         for step in range(plan.steps):
-            losses_at = _Losses(worker, state.theta, self.batch(plan.first_step + step))
+            losses_at: LossesAt = _Losses(worker, state.theta, self.batch(plan.first_step + step))
+            if isinstance(algorithm, RememberingAlgorithm):
+                start, memory = worker.start(plan).theta, worker.memories.get(self.number)
+                losses_at = algorithm.regularised(losses_at, state.theta, start, memory)
             update, estimate = algorithm.local_step(
                 losses_at, state, plan.round, step, self.number, plan.learning_rate, plan.along
             )

@@ -25,7 +25,7 @@ from meerkat.flower.transports import FlowerMessages, FlowerStreams
 from meerkat.progress import Progress
 from meerkat.runs.directory import holds_run, mask_path
 from meerkat.runs.events import RunObserver
-from meerkat.runs.remote_run import host, load_server_mask
+from meerkat.runs.remote_run import check_algorithm, host, load_server_mask
 from meerkat.runs.renewal import MakeMask
 from meerkat.spaces.mask_file import Mask
 from meerkat.tasks import resolve_task
@@ -64,6 +64,7 @@ def serve(
     """
     recipe, out = settings.recipe, settings.out
     _transport(recipe, simulated)
+    check_algorithm(recipe)
     mask = _mask(settings, progress, simulated)
     label_counts: tuple[list[list[int]], str] = ([], "")
     if simulated:

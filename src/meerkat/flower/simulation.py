@@ -27,6 +27,7 @@ from meerkat.flower.settings import Settings
 from meerkat.progress import Progress
 from meerkat.runs.directory import check_free
 from meerkat.runs.events import RunObserver
+from meerkat.runs.remote_run import check_algorithm
 
 __all__ = ["simulate"]
 
@@ -45,6 +46,7 @@ def simulate(
     """
     if new:
         check_free(directory)
+    check_algorithm(recipe)
     server, stop = ServerApp(), threading.Event()
     settings = Settings(recipe, directory, None)
     found: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ from jaxtyping import Float32
 from meerkat.config import Recipe
 from meerkat.engines.base import Engine
 from meerkat.engines.local import LocalEngine
+from meerkat.federation.algorithm import RememberingAlgorithm
 from meerkat.federation.state import ServerState
 from meerkat.journal import Journal
 from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
 from meerkat.runs.assembly import Assembly, assemble
-from meerkat.runs.directory import claimed, journal_path, mask_path, recipe_of, write_recipe
+from meerkat.runs.directory import (
+    claimed,
+    journal_path,
+    mask_path,
+    open_journal,
+    recipe_of,
+    write_recipe,
+)
 from meerkat.runs.driver import Evaluator
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import RunObserver
@@ -116,6 +125,9 @@ def _execute(
         in_model = partial(space_of, assembly.loaded.model, device=assembly.theta_device)
         engine = LocalEngine(worker, assembly.clients(), in_model, answered)
         engine.renew(mask, begins, state.model, len(log))
+        if isinstance(worker.algorithm, RememberingAlgorithm):
+            with closing(open_journal(directory)) as journal:
+                engine.recall(record for record, _ in journal.records())
         return engine, evaluate
 
     def make_mask(path: Path, mask: Mask, weights: Float32[np.ndarray, " n"]) -> None:

@@ -13,7 +13,8 @@ from meerkat.algorithms import make_algorithm
 from meerkat.config import Recipe
 from meerkat.engines.base import Engine
 from meerkat.engines.remote import RemoteEngine
-from meerkat.errors import MaskError, RunError
+from meerkat.errors import MaskError, RecipeError, RunError
+from meerkat.federation.algorithm import RememberingAlgorithm
 from meerkat.federation.schedule import Schedule
 from meerkat.federation.state import ServerState
 from meerkat.journal.records import Evaluated, header_of
@@ -35,7 +36,20 @@ from meerkat.zo import noise
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
-__all__ = ["host", "load_server_mask"]
+__all__ = ["check_algorithm", "host", "load_server_mask"]
+
+
+def check_algorithm(recipe: Recipe, n: int = 1) -> None:
+    """Can a recipe's algorithm run with clients elsewhere?
+
+    Raises:
+        RecipeError: It cannot, or a choice of it is wrong.
+    """
+    if isinstance(make_algorithm(recipe, n), RememberingAlgorithm):
+        raise RecipeError(
+            f"algorithm = {recipe.algorithm.kind!r} has clients that carry a vector from round to "
+            "round, which is only kept where runtime.engine = 'local'; take another"
+        )
 
 
 def host(
@@ -77,7 +91,7 @@ def host(
             summary = summary_if_complete(directory, recipe, observer)
             if summary is not None:
                 return summary
-        make_algorithm(recipe, mask.dimensions)  # a wrong choice shows before any client joins
+        check_algorithm(recipe, mask.dimensions)  # a wrong choice shows before any client joins
         task = resolve_task(recipe.task)
         check_subspace(mask.subspace, recipe.subspace, task)
         metrics = metric_names(recipe.evaluation.metrics, task.has_classes)
