@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 
 from meerkat.config import Federation, Optimizer, Partition, Recipe, load_recipe
 from meerkat.config.sections import Choice, Neutral, Section
+from meerkat.errors import RecipeError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECORDED = {
@@ -49,6 +51,7 @@ def test_all_recipes_have_a_recorded_fingerprint() -> None:
         {"federation": {"aggregator": "mean", "transforms": []}},
         {"noise": {"keys": "fresh"}},
         {"evaluation": {"metrics": []}},
+        {"evaluation": {"validation": 0, "patience": 0}, "task": {"validation_split": None}},
         {"runtime": {"threads": 3, "mask_passes": 2}, "network": {"quorum": 1}},
     ],
 )
@@ -185,3 +188,30 @@ def test_defaults_of_marked_fields_are_their_neutral_values(name: str) -> None:
     for part in name.split("."):
         value = value[part]
     assert value == mark.value
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "missing"),
+    [
+        ({"patience": 3}, "validation"),
+        ({"patience": 3, "every": 5}, "validation"),
+        ({"patience": 3, "validation": 20}, "every"),
+    ],
+)
+def test_patience_needs_validation_scores_in_mid_run(
+    evaluation: dict[str, Any], missing: str
+) -> None:
+    line = (
+        "evaluation.patience = 3 needs validation scores in mid-run, and "
+        f"evaluation.{missing} = 0; set it, or leave patience out"
+    )
+    with pytest.raises(RecipeError, match=re.escape(line)):
+        make_recipe(evaluation=evaluation)
+    make_recipe(evaluation={"patience": 3, "validation": 20, "every": 5})
+
+
+def test_validation_is_part_of_what_a_run_computes() -> None:
+    plain, kept = make_recipe(), make_recipe(evaluation={"validation": 20, "every": 5})
+    patient = make_recipe(evaluation={"validation": 20, "every": 5, "patience": 1})
+    split = make_recipe(task={"validation_split": "validation"})
+    assert len({recipe.fingerprint for recipe in (plain, kept, patient, split)}) == 4

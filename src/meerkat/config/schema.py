@@ -113,10 +113,21 @@ class Recipe(Section):
                 f"runtime.weights = {self.runtime.weights!r} cannot be compiled; set "
                 "runtime.compile = false, or runtime.weights = 'stored'"
             )
+        self._check_patience()
         self._check_selection()
         self._check_exact()
         self._check_renewal()
         return self
+
+    def _check_patience(self) -> None:
+        """Are there validation scores in mid-run for a patience to judge by?"""
+        patience = self.evaluation.patience
+        for field in ("validation", "every"):
+            if patience and not getattr(self.evaluation, field):
+                raise ValueError(
+                    f"evaluation.patience = {patience} needs validation scores in mid-run, and "
+                    f"evaluation.{field} = 0; set it, or leave patience out"
+                )
 
     def _check_selection(self) -> None:
         chosen, clients = self.selection, self.federation.clients

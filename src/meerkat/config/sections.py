@@ -172,6 +172,10 @@ class TaskSection(Section):
     """Split to train on, if not the task's."""
     test_split: str | None = None
     """Split to evaluate on, if not the task's; without one, a part of the training split."""
+    validation_split: Annotated[str | None, Neutral(None)] = None
+    """Split that `evaluation.validation` examples come from; without one, from those that are held
+    out and not tested on. What of it is in the test split is left out, and so is what of it is in
+    the training split there."""
     prompt: str | None = None
     """Template with `{column}` fields, if not the task's."""
     label: str | None = None
@@ -282,6 +286,12 @@ class Evaluation(Section):
     """Held-out examples; fewer where the data set has fewer."""
     every: Annotated[int, Field(ge=0)] = 0
     """Evaluate after every so many rounds, besides before and after; 0 is never."""
+    validation: Annotated[int, Field(ge=0, lt=2**31), Neutral(0)] = 0
+    """Held-out examples to choose a round by, none of which is among the `examples` that are tested
+    on. Each evaluation measures both; 0 is none."""
+    patience: Annotated[int, Field(ge=0, lt=2**31), Neutral(0)] = 0
+    """The run ends after so many evaluations in a row whose validation score is not better than the
+    best before; 0 is never. What is better: `runs.best_round`."""
 
 
 class Selection(Section):

@@ -11,14 +11,17 @@ from pathlib import Path
 from meerkat.config import Recipe
 from meerkat.data.partition import label_counts, partition
 from meerkat.data.sources import Split, load_examples
-from meerkat.errors import RunError
+from meerkat.errors import DataError, RunError
 from meerkat.tasks import Example, Task, resolve_task
 
 __all__ = [
     "Parts",
     "client_label_counts",
+    "examples_of",
     "held_out_shard",
     "load_partition",
+    "validation_examples",
+    "validation_shard",
     "write_client_folders",
 ]
 
@@ -30,9 +33,11 @@ def load_partition(recipe: Recipe, task: Task) -> tuple[Split, Parts]:
     """A recipe's examples, and the part of each client.
 
     Raises:
-        DataError: The source is not usable, or cannot be split like this.
+        DataError: The source is not usable, cannot be split like this, or has too few examples for
+            the validation.
     """
     split = load_examples(task, recipe.task)
+    _check_validation(recipe, split)
     return split, partition(split.train, recipe.federation, recipe.seed)
 
 
@@ -52,8 +57,73 @@ def held_out_shard(recipe: Recipe, split: Split, client: int) -> tuple[Example, 
     return split.test[: recipe.evaluation.examples][client :: recipe.federation.clients]
 
 
+def validation_examples(recipe: Recipe, split: Split) -> tuple[Example, ...]:
+    """The `evaluation.validation` examples to choose a round by, none of which is tested on."""
+    wanted, tested = recipe.evaluation.validation, recipe.evaluation.examples
+    if split.validation:
+        return split.validation[:wanted]
+    return split.test[tested : tested + wanted]
+
+
+def validation_shard(recipe: Recipe, split: Split, client: int) -> tuple[Example, ...]:
+    """As `held_out_shard`, of the validation examples."""
+    return validation_examples(recipe, split)[client :: recipe.federation.clients]
+
+
+def examples_of(
+    recipe: Recipe, split: Split, name: str, most: int | None = None
+) -> tuple[Example, ...]:
+    """Examples to evaluate on: of `test`, without those of the validation, `validation` or `train`.
+
+    Args:
+        most: At most so many; as many as the recipe evaluates on by default.
+
+    Raises:
+        DataError: The recipe keeps no validation examples, or `most` is none.
+    """
+    if most is not None and most < 1:
+        raise DataError(f"--examples {most}: there is nothing to evaluate on; give at least 1")
+    tested, validation = recipe.evaluation.examples, recipe.evaluation.validation
+    if name == "validation":
+        if not validation:
+            raise DataError(
+                "--split validation: evaluation.validation = 0 keeps no examples for it; evaluate "
+                "a run that has some, or set it with --set"
+            )
+        return validation_examples(recipe, split)[:most]
+    if name == "train":
+        found = split.train
+    else:
+        skipped = 0 if split.validation else validation
+        found = split.test[:tested] + split.test[tested + skipped :]
+    return found[: tested if most is None else most]
+
+
+def _check_validation(recipe: Recipe, split: Split) -> None:
+    """Are there as many validation examples as the recipe asks for?
+
+    Raises:
+        DataError: There are fewer.
+    """
+    wanted, tested = recipe.evaluation.validation, recipe.evaluation.examples
+    if len(validation_examples(recipe, split)) == wanted:
+        return
+    if split.validation:
+        raise DataError(
+            f"evaluation.validation = {wanted}: task.validation_split = "
+            f"{recipe.task.validation_split!r} has {len(split.validation)} examples that are not "
+            "in the test split; lower it"
+        )
+    left = max(0, len(split.test) - tested)
+    raise DataError(
+        f"evaluation.validation = {wanted}: of {len(split.test)} held-out examples "
+        f"evaluation.examples = {tested} leaves {left}; lower one of them, or name a split of its "
+        "own in task.validation_split"
+    )
+
+
 def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
-    """Write the examples of each client K to `client-K/train.csv` and `client-K/test.csv`.
+    """Write the examples of each client K to `client-K/train.csv`, `test.csv`, `validation.csv`.
 
     To try a deployment with a partition of one data set: a node that is given such a folder holds
     exactly what client K holds in a simulation.
@@ -72,9 +142,13 @@ def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
         folder.mkdir(parents=True)
         folders.append(folder)
         _write(task, [split.train[index] for index in part], folder / "train.csv")
-        held_out = held_out_shard(recipe, split, client)
-        if held_out:
-            _write(task, held_out, folder / "test.csv")
+        held_out = {
+            "test.csv": held_out_shard(recipe, split, client),
+            "validation.csv": validation_shard(recipe, split, client),
+        }
+        for name, examples in held_out.items():
+            if examples:
+                _write(task, examples, folder / name)
     return folders
 
 

@@ -23,49 +23,83 @@ __all__ = ["Split", "load_examples", "load_folder"]
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HELD_OUT_SHARE = 10
 
+_Key = tuple[str, ...]
+"""The text of an example, without its case and the blanks around it."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """Examples to train on and examples that no client sees; no text is in both."""
+    """Examples to train on and examples that no client trains on; no text is in two of them."""
 
     train: tuple[Example, ...]
     test: tuple[Example, ...]
+    """Held out."""
+    validation: tuple[Example, ...] = ()
+    """Those of a split of their own; without one, validation examples come from `test`."""
 
 
 def load_examples(task: Task, section: TaskSection) -> Split:
     """Load a task's examples.
 
-    Repeated texts are dropped. Without a test split a tenth is held out, by `task.seed`.
+    Repeated texts are dropped. Without a test split a tenth is held out, by `task.seed`. Of a text
+    in several splits the test keeps it first, then the validation.
 
     Raises:
         DataError: The source is missing or unreadable, lacks a column, holds an empty text or a
             label that no verbalizer stands for.
     """
+    validation = _validation(task)
     train = _unique(_examples(task, task.train_split))
     if task.test_split is not None:
         test = _unique(_examples(task, task.test_split))
-        train = {key: example for key, example in train.items() if key not in test}
-        order = permutation(section.seed, (0, 0), len(train))
-        examples = list(train.values())
-        split = Split(tuple(examples[i] for i in order), tuple(test.values()))
+        keys = [key for key in train if key not in test and key not in validation]
+        kept = [keys[i] for i in permutation(section.seed, (0, 0), len(keys))]
     else:
-        examples = list(train.values())
-        order = permutation(section.seed, (0, 0), len(examples))
-        held_out = len(examples) // _HELD_OUT_SHARE or min(1, len(examples) - 1)
-        split = Split(
-            tuple(examples[i] for i in order[held_out:]),
-            tuple(examples[i] for i in order[:held_out]),
-        )
+        keys = list(train)
+        order = [keys[i] for i in permutation(section.seed, (0, 0), len(keys))]
+        held_out = len(keys) // _HELD_OUT_SHARE or min(1, len(keys) - 1)
+        test = {key: train[key] for key in order[:held_out]}
+        kept = [key for key in order[held_out:] if key not in validation]
+    split = Split(
+        tuple(train[key] for key in kept),
+        tuple(test.values()),
+        tuple(example for key, example in validation.items() if key not in test),
+    )
     if not split.train or not split.test:
         raise DataError(
             f"task.source = {task.source!r}: {len(split.train)} training and {len(split.test)} "
             "test examples; both need at least one"
         )
-    return Split(split.train[: section.train_examples], split.test)
+    if task.validation_split is not None and not split.validation:
+        raise DataError(
+            f"task.validation_split = {task.validation_split!r}: of its {len(validation)} examples "
+            f"none is left that is not held out for the test (task.test_split = "
+            f"{task.test_split!r}); leave it out, or name another"
+        )
+    return replace(split, train=split.train[: section.train_examples])
+
+
+def _validation(task: Task) -> dict[_Key, Example]:
+    """The examples of the task's validation split; empty where it names none.
+
+    Raises:
+        DataError: The source is one file, or as `load_examples`.
+    """
+    if task.validation_split is None:
+        return {}
+    if Path(task.source).suffix.lower() in _READERS:
+        raise DataError(
+            f"task.validation_split = {task.validation_split!r}: task.source = {task.source!r} is "
+            "one file, which has one split; leave it out: held-out examples that are not tested on "
+            "serve"
+        )
+    return _unique(_examples(task, task.validation_split))
 
 
 def load_folder(task: Task, folder: Path) -> Split:
-    """A client's own data: a file `train` and, where it has one, a file `test`, in their order.
+    """A client's own data: a file `train` and, where it has them, files `test` and `validation`.
+
+    The examples are in the order of the files.
 
     Raises:
         DataError: There is no such folder or no file `train` of a known type in it, or a row does
@@ -73,12 +107,12 @@ def load_folder(task: Task, folder: Path) -> Split:
     """
     found = {
         name: [path for suffix in _READERS if (path := folder / f"{name}{suffix}").is_file()]
-        for name in ("train", "test")
+        for name in ("train", "test", "validation")
     }
-    if len(found["train"]) != 1 or len(found["test"]) > 1:
+    if len(found["train"]) != 1 or any(len(paths) > 1 for paths in found.values()):
         raise DataError(
             f"data = {str(folder)!r}: it needs one file train (and may have one file test) of type "
-            f"{', '.join(_READERS)}"
+            f"{', '.join(_READERS)}, and at most one file validation"
         )
     parts = {
         name: _unique(
@@ -88,13 +122,18 @@ def load_folder(task: Task, folder: Path) -> Split:
         )
         for name, paths in found.items()
     }
-    train = [example for key, example in parts["train"].items() if key not in parts["test"]]
-    return Split(tuple(train), tuple(parts["test"].values()))
+    test, validation = parts["test"], parts["validation"]
+    held_out = test.keys() | validation.keys()
+    return Split(
+        tuple(example for key, example in parts["train"].items() if key not in held_out),
+        tuple(test.values()),
+        tuple(example for key, example in validation.items() if key not in test),
+    )
 
 
-def _unique(examples: Iterable[Example]) -> dict[tuple[str, ...], Example]:
+def _unique(examples: Iterable[Example]) -> dict[_Key, Example]:
     """The first example of each text, whatever case and blanks around it."""
-    unique: dict[tuple[str, ...], Example] = {}
+    unique: dict[_Key, Example] = {}
     for example in examples:
         key = tuple(str(value).strip().casefold() for value in example.fields.values())
         unique.setdefault(key, example)

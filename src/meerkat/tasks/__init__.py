@@ -75,9 +75,11 @@ def _require(section: TaskSection) -> None:
 
 def _overrides(section: TaskSection) -> dict[str, Any]:
     """Fields of a `Task` that the recipe sets."""
+    fields = ("source", "prompt", "label", "answer", "cut")
+    splits = ("train_split", "test_split", "validation_split")
     changed: dict[str, Any] = {
         field: getattr(section, field)
-        for field in ("source", "prompt", "label", "train_split", "test_split", "answer", "cut")
+        for field in (*fields, *splits)
         if getattr(section, field) is not None
     }
     if section.source_config is not None or section.source is not None:

@@ -37,6 +37,8 @@ class Task:
     train_split: str = "train"
     test_split: str | None = None
     """Split to evaluate on; without one, a part of the training split is held out."""
+    validation_split: str | None = None
+    """Split to choose a round by; without one, held-out examples that are not tested on."""
     holder: str | None = None
     """Column that says who holds a row, for a natural partition."""
     cut: str | None = None
