@@ -25,6 +25,7 @@ from meerkat.engines.requests import EvaluationRequest, OpenRequest, Request, Ro
 from meerkat.errors import ProtocolError, RunError
 from meerkat.journal.records import Evaluated
 from meerkat.spaces.mask_file import Mask
+from meerkat.tasks.metrics.validation import of_validation
 from meerkat.transport.base import Event, Transport
 from meerkat.transport.client_frames import Failed, Hello, Need, WantSpace, decode_up
 from meerkat.transport.frame import UpFrame, encode
@@ -145,23 +146,36 @@ class RemoteEngine:
         return Outcome(reports, self._bytes_up, self._bytes_down, float("nan"))
 
     def evaluate(
-        self, round: int, state: ModelState, log: Log, metrics: Sequence[str], classes: int
+        self,
+        round: int,
+        state: ModelState,
+        log: Log,
+        metrics: Sequence[str],
+        classes: int,
+        validates: bool = False,
     ) -> Evaluated:
         """Metrics of a state over the held-out examples of all clients that are connected.
 
         Args:
             metrics: Names of the run's metrics.
             classes: Of the task; 1 for free text.
+            validates: Does the run keep examples to choose a round by?
 
         Raises:
             RunError: As `present`.
         """
         self.present()
         started = time.monotonic()
-        request = EvaluationRequest(round, state, log, metrics, classes)
+        request = EvaluationRequest(round, state, log, metrics, classes, validates)
         asked = [k for k in self._members.idle if self._members[k].hello.held_out]
         self._collect(request, asked, 0, self._network.deadline)
-        return request.result(time.monotonic() - started)
+        found = request.result(time.monotonic() - started)
+        if validates and not of_validation(found.metrics):
+            self._say(
+                f"{request.name}: no client has validation examples; put a file validation into "
+                "data folders, or this round cannot be chosen"
+            )
+        return found
 
     def close(self, reason: str) -> None:
         """End the run for all clients."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -14,7 +14,8 @@ from meerkat.errors import ProtocolError
 from meerkat.federation.aggregation import largest
 from meerkat.federation.messages import CALIBRATION, ClientReport, RoundPlan
 from meerkat.journal.records import Evaluated
-from meerkat.tasks.metrics import METRICS, metric_values
+from meerkat.tasks.metrics import LOSS, Sums, metric_of, metric_values
+from meerkat.tasks.metrics.validation import VALIDATION_EXAMPLES, of_validation, on_validation
 from meerkat.transport.client_frames import Evaluation, Hello, Report
 from meerkat.transport.frame import DownFrame, UpFrame, encode
 from meerkat.transport.messages import AXIS_BYTES, ENTRY_BYTES
@@ -159,14 +160,22 @@ class EvaluationRequest:
     Args:
         metrics: Names of the run's metrics.
         classes: Of the task; 1 for free text.
+        validates: Does the run keep examples to choose a round by?
     """
 
     def __init__(
-        self, round: int, state: ModelState, log: Log, metrics: Sequence[str], classes: int
+        self,
+        round: int,
+        state: ModelState,
+        log: Log,
+        metrics: Sequence[str],
+        classes: int,
+        validates: bool = False,
     ):
         self.name = f"evaluation after {round} rounds"
         self._round, self._end = round, len(log)
         self._metrics, self._classes = tuple(metrics), classes
+        self._validates = validates
         self._catch_up = _CatchUp(state, log)
         self._encoded: _Variants[int | None, list[bytes]] = _Variants()
         self._answers: dict[int, Evaluation] = {}
@@ -191,23 +200,53 @@ class EvaluationRequest:
     def take(self, client: int, frame: UpFrame, hello: Hello) -> None:
         if not isinstance(frame, Evaluation) or frame.round != self._round:
             raise ProtocolError(f"{type(frame).__name__.lower()} instead of the evaluation")
-        if tuple(frame.sums) != self._metrics:
-            raise ProtocolError(f"its metrics are not the run's: {', '.join(self._metrics)}")
+        validation = self._validation_examples(frame)
+        tested = frame.examples - validation
+        names = self._metrics if tested else ()
+        if validation:
+            names = (*names, *on_validation(dict.fromkeys(self._metrics)), VALIDATION_EXAMPLES)
+        if tuple(frame.sums) != names:
+            raise ProtocolError(f"its metrics are not the run's: {', '.join(names)}")
         _check_examples(hello.held_out, frame.examples)
         for name, sums in frame.sums.items():
-            if not METRICS[name].is_possible(np.array(sums), frame.examples, self._classes):
-                raise ProtocolError(f"its {name} of {frame.examples} examples is not possible")
+            metric, count = metric_of(name), validation if name not in self._metrics else tested
+            if metric and not metric.is_possible(np.array(sums), count, self._classes):
+                raise ProtocolError(f"its {name} of {count} examples is not possible")
         self._answers[client] = frame
 
+    def _validation_examples(self, frame: Evaluation) -> int:
+        """How many of an answer's examples are to choose a round by.
+
+        Raises:
+            ProtocolError: It cannot be so many.
+        """
+        given = frame.sums.get(VALIDATION_EXAMPLES, (0.0,)) if self._validates else (0.0,)
+        count = given[0] if len(given) == 1 else -1.0
+        if not (0 <= count <= frame.examples and count.is_integer()):
+            raise ProtocolError(f"its {VALIDATION_EXAMPLES} of {frame.examples} are not possible")
+        return int(count)
+
     def result(self, seconds: float) -> Evaluated:
-        """The metrics over the examples of all clients that answered; NaN without any."""
+        """The metrics over the examples of all clients that answered; NaN without any.
+
+        Those on validation examples are there only where a client has some.
+        """
         answers = [self._answers[client] for client in sorted(self._answers)]
-        examples = sum(answer.examples for answer in answers)
-        sums = {
-            name: np.sum([answer.sums[name] for answer in answers], axis=0)
-            for name in self._metrics
+        validation = sum(map(self._validation_examples, answers))
+        examples = sum(answer.examples for answer in answers) - validation
+        tests = [answer.sums for answer in answers if LOSS in answer.sums]
+        values = metric_values(self._total(tests), examples)
+        others = [of_validation(answer.sums) for answer in answers]
+        if validation:
+            sums = self._total([found for found in others if found])
+            values |= on_validation(metric_values(sums, validation))
+        return Evaluated(self._round, values, examples, seconds)
+
+    def _total(self, answers: Sequence[Mapping[str, tuple[float, ...]]]) -> dict[str, Sums]:
+        """The sums of each metric over all answers."""
+        return {
+            name: np.sum([answer[name] for answer in answers], axis=0) for name in self._metrics
         }
-        return Evaluated(self._round, metric_values(sums, examples), examples, seconds)
 
 
 def _check_examples(known: int, counted: int) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from meerkat.config import Recipe
-from meerkat.data.clients import held_out_shard
+from meerkat.data.clients import held_out_shard, validation_shard
 from meerkat.federation.client import Client, Worker
 from meerkat.models.quantised import keeps
 from meerkat.node.config import NodeConfig
@@ -73,12 +73,21 @@ class ClientRuntime:
         return self._clients[number]
 
     def held_out(self, number: int) -> EncodedExamples:
-        """The held-out examples of a client."""
+        """The held-out examples of a client to test on."""
         assembly = self.assembly
         if self._own:
             return assembly.test
         return EncodedExamples(
             held_out_shard(assembly.recipe, assembly.split, number), assembly.encoder
+        )
+
+    def validation(self, number: int) -> EncodedExamples:
+        """The examples of a client to choose a round by; none of them is in `held_out`."""
+        assembly = self.assembly
+        if self._own:
+            return assembly.validation
+        return EncodedExamples(
+            validation_shard(assembly.recipe, assembly.split, number), assembly.encoder
         )
 
 

@@ -26,6 +26,7 @@ from meerkat.node.config import NodeConfig
 from meerkat.node.runtime import ClientRuntime, assembly_of, runtime_of
 from meerkat.runs.evaluation import evaluation_sums
 from meerkat.spaces.mask_file import load_mask
+from meerkat.tasks.metrics.validation import VALIDATION_EXAMPLES, on_validation
 from meerkat.transport.client_frames import Evaluation, Failed, Hello, Need, Report, WantSpace
 from meerkat.transport.frame import DownFrame, UpFrame, encode
 from meerkat.transport.handshake import difference
@@ -234,14 +235,17 @@ class ClientSession:
         worker = self._runtime.worker
         if position != worker.position:
             return Need(worker.position)
-        examples = self._runtime.held_out(self._node.client)
+        client, metrics = self._node.client, self._runtime.assembly.metrics
+        examples, validation = self._runtime.held_out(client), self._runtime.validation(client)
         worker.space.write(worker.state.theta)
-        assembly = self._runtime.assembly
-        found = evaluation_sums(worker.objective, examples, assembly.metrics)
+        found = evaluation_sums(worker.objective, examples, metrics)
+        if validation:
+            found |= on_validation(evaluation_sums(worker.objective, validation, metrics))
+            found[VALIDATION_EXAMPLES] = np.array([len(validation)], np.float64)
         if not all(np.isfinite(sums).all() for sums in found.values()):
             raise DivergedError("the loss on its held-out examples is not finite")
         sums = {name: tuple(values.tolist()) for name, values in found.items()}
-        return Evaluation(number, len(examples), sums)
+        return Evaluation(number, len(examples) + len(validation), sums)
 
     def _own_mask(self, setup: Setup) -> Path | None:
         """The mask that the operator gave, which serves until the subspace is renewed."""
@@ -282,6 +286,7 @@ class ClientSession:
         if differs is not None:
             self._say(f"client {client} does not fit this run: {differs}")
         position = runtime.worker.position if runtime.is_working else setup.position
-        examples, held_out = len(runtime.client(client).examples), len(runtime.held_out(client))
+        examples = len(runtime.client(client).examples)
+        held_out = len(runtime.held_out(client)) + len(runtime.validation(client))
         gradients = self._node.gradients
         return Hello(client, examples, held_out, position, runtime.proof, gradients)

@@ -27,10 +27,13 @@ from meerkat.reporting.figure import (
     thin,
 )
 from meerkat.reporting.run_view import Score, scores_in
+from meerkat.tasks.metrics import LOSS
+from meerkat.tasks.metrics.validation import VALIDATION
 
 __all__ = ["Axis", "axes", "loss", "scores"]
 
 _HEIGHT = 280
+_VALIDATION_LOSS = VALIDATION + LOSS
 _POINTS = 1000
 _DOTTED = 30
 """Lines of at most so many points have a dot at each; longer training has a running mean."""
@@ -80,11 +83,15 @@ def axes(sent: Sequence[int]) -> list[Axis]:
 
 
 def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) -> Figure | None:
-    """Training and held-out loss; many rounds are drawn pale, with their running mean."""
+    """Training, held-out and validation loss; many rounds are drawn pale, with a running mean."""
     places = thin(len(losses), _POINTS)
     window = max(5, len(losses) // 20) if len(losses) > _DOTTED else 1
     mean = running_mean(losses, window)
-    held_out = ((axis.at[e.round], e.metrics["loss"]) for e in _few(evaluations))
+    few = _few(evaluations)
+    held_out, validation = (
+        [(axis.at[e.round], e.metrics[name]) for e in few if name in e.metrics]
+        for name in (LOSS, _VALIDATION_LOSS)
+    )
     lines = [
         _line("held-out", VERMILLION, held_out),
         _line(
@@ -92,8 +99,10 @@ def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) 
             BLUE,
             ((axis.at[r], mean[r]) for r in places),
         ),
+        _line("validation", GREEN, validation),
     ]
-    names = ("held-out loss", "training loss" + f" (mean of {window} rounds)" * (window > 1))
+    training = "training loss" + f" (mean of {window} rounds)" * (window > 1)
+    names = ("held-out loss", training, "validation loss")
     courses = [
         f"{name} {line.course('.3f')}" for name, line in zip(names, lines, strict=True) if line.rows
     ]
@@ -112,11 +121,11 @@ def loss(axis: Axis, losses: Sequence[float], evaluations: Sequence[Evaluated]) 
 
 
 def scores(axis: Axis, evaluations: Sequence[Evaluated]) -> list[Figure]:
-    """The held-out metrics besides the loss, one line for each; no picture without a value.
+    """The held-out metrics besides losses, one line for each; no picture without a value.
 
     The picture "accuracy" has those that are shown in percent, the picture "scores" the others.
     """
-    found = scores_in(evaluations)
+    found = [score for score in scores_in(evaluations) if score.name != _VALIDATION_LOSS]
     drawn = (
         _scores("accuracy", axis, evaluations, [score for score in found if score.percent]),
         _scores("scores", axis, evaluations, [score for score in found if not score.percent]),

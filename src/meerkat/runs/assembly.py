@@ -15,7 +15,7 @@ from torch import nn
 
 from meerkat.algorithms import make_algorithm
 from meerkat.config import Recipe
-from meerkat.data.clients import client_label_counts, load_partition
+from meerkat.data.clients import client_label_counts, load_partition, validation_examples
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
 from meerkat.errors import MaskError, ModelError
@@ -97,6 +97,11 @@ class Assembly:
     def test(self) -> EncodedExamples:
         """The held-out examples that are evaluated on."""
         return EncodedExamples(self.split.test[: self.recipe.evaluation.examples], self.encoder)
+
+    @cached_property
+    def validation(self) -> EncodedExamples:
+        """Held-out examples to choose a round by; none of them is in `test`."""
+        return EncodedExamples(validation_examples(self.recipe, self.split), self.encoder)
 
     @cached_property
     def algorithm(self) -> Algorithm:

@@ -9,6 +9,7 @@ from typing import Any
 from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
 from meerkat.tasks.metrics import METRICS, Sums, metric_values
+from meerkat.tasks.metrics.validation import on_validation
 from meerkat.tasks.objective import Objective
 
 __all__ = ["evaluate_objective", "evaluation_sums"]
@@ -24,11 +25,19 @@ def evaluate_objective(
     round: int = 0,
     progress: Progress | None = None,
     batch_size: int = _BATCH,
+    validation: Sequence[Any] = (),
 ) -> Evaluated:
-    """The metrics of these names at the weights as they are."""
+    """The metrics of these names at the weights as they are.
+
+    Args:
+        validation: Examples to choose a round by; their metrics stand beside the others.
+    """
     started = time.monotonic()
     sums = evaluation_sums(objective, examples, metrics, progress, batch_size)
     values = metric_values(sums, len(examples))
+    if validation:
+        sums = evaluation_sums(objective, validation, metrics, progress, batch_size)
+        values |= on_validation(metric_values(sums, len(validation)))
     return Evaluated(round, values, len(examples), time.monotonic() - started)
 
 

@@ -111,6 +111,7 @@ def _execute(
             assembly.metrics,
             round,
             progress,
+            validation=assembly.validation,
         )
 
     def answered() -> None:

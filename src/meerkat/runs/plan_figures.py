@@ -40,8 +40,9 @@ class PassFigures:
     """By one client in one local step, for all its directions and examples."""
     backward_a_step: int
     training: int
-    """Forward passes by all clients in the whole run."""
+    """Forward passes by all clients in the whole run, if it does not end by its patience."""
     evaluating: int
+    """Test and validation examples, in all evaluations of such a run."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class _Planner:
             forward_a_step=directions * federation.batch_size,
             backward_a_step=federation.batch_size if backward else 0,
             training=steps * directions * federation.batch_size,
-            evaluating=evaluations * evaluation.examples,
+            evaluating=evaluations * (evaluation.examples + evaluation.validation),
         )
 
     @cached_property

@@ -121,7 +121,8 @@ def host(
 
             def evaluate(round: int, state: ModelState) -> Evaluated:
                 classes = max(1, len(task.verbalizers))
-                return engine.evaluate(round, state, log, metrics, classes)
+                validates = recipe.evaluation.validation > 0
+                return engine.evaluate(round, state, log, metrics, classes, validates)
 
             return engine, evaluate
 

@@ -70,7 +70,7 @@ class Hello(UpFrame, number=65):
     examples: int
     """To train on."""
     held_out: int
-    """To evaluate on."""
+    """To evaluate on: to test, and to choose a round by."""
     position: int
     """Updates of the log that its state contains."""
     proof: Proof
@@ -137,8 +137,10 @@ class Evaluation(UpFrame, number=68):
 
     round: int
     examples: int
+    """All that the client has to evaluate on."""
     sums: Mapping[str, tuple[float, ...]]
-    """The sums of each metric, by name; see `tasks.metrics`."""
+    """The sums of each metric, by name; see `tasks.metrics`. Those over validation examples, and
+    how many these are, have the names of `tasks.metrics.validation`."""
 
     def body(self) -> bytes:
         parts = [_EVALUATION.pack(self.round, self.examples, len(self.sums))]

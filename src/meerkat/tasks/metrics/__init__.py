@@ -10,8 +10,18 @@ from meerkat.tasks.metrics.accuracy import Accuracy
 from meerkat.tasks.metrics.base import Metric, Sums
 from meerkat.tasks.metrics.by_class import BalancedAccuracy, MacroF1
 from meerkat.tasks.metrics.loss import Loss
+from meerkat.tasks.metrics.validation import VALIDATION
 
-__all__ = ["LOSS", "METRICS", "Metric", "Sums", "metric_names", "metric_values"]
+__all__ = [
+    "LOSS",
+    "METRICS",
+    "Metric",
+    "Sums",
+    "metric_names",
+    "metric_of",
+    "metric_title",
+    "metric_values",
+]
 
 LOSS = "loss"
 """The metric that every evaluation has."""
@@ -40,6 +50,23 @@ def metric_names(wanted: Sequence[str], has_classes: bool) -> tuple[str, ...]:
             )
     chosen = wanted or (_CLASSIFICATION if has_classes else ())
     return tuple(dict.fromkeys((LOSS, *chosen)))
+
+
+def metric_of(name: str) -> Metric | None:
+    """The metric behind a name in an evaluation, of test or validation; None if it is not known."""
+    return METRICS.get(name.removeprefix(VALIDATION))
+
+
+def metric_title(name: str) -> str:
+    """Its title for people, or its name where it is not known.
+
+    >>> metric_title("macro_f1"), metric_title("validation_accuracy"), metric_title("mine")
+    ('macro F1', 'validation accuracy', 'mine')
+    """
+    metric = metric_of(name)
+    if metric is None:
+        return name
+    return f"validation {metric.title}" if name.startswith(VALIDATION) else metric.title
 
 
 def metric_values(sums: Mapping[str, Sums], examples: int) -> dict[str, float]:
