@@ -17,7 +17,8 @@ from meerkat.journal import Journal, replay
 from meerkat.journal.records import Evaluated, Header
 from meerkat.reporting.figure import byte_unit, listed, plain, plural
 from meerkat.reporting.stopping import Stopping, read_stopping
-from meerkat.tasks.metrics import METRICS
+from meerkat.runs.best_round import best_evaluation, last_round
+from meerkat.tasks.metrics import metric_of, metric_title
 from meerkat.zo.state import ModelState
 
 __all__ = ["Fact", "Run", "Score", "duration", "facts", "read", "scores_in"]
@@ -73,6 +74,10 @@ class Run:
     """Those in which there was something to evaluate on."""
     evaluated: int
     """After how many rounds θ was evaluated last, if only in name."""
+    ends: int
+    """After how many rounds it ends, as far as its evaluations say."""
+    best: Evaluated | None
+    """The evaluation with the best validation score."""
     seconds: float
     """Time in rounds."""
     state_digest: str
@@ -96,7 +101,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Are all rounds done, and the last θ evaluated?"""
-        return self.rounds >= self.planned and self.evaluated == self.rounds
+        return self.rounds >= self.ends and self.evaluated == self.rounds
 
 
 def read(journal: Journal) -> Run:
@@ -122,6 +127,8 @@ def read(journal: Journal) -> Run:
         reports=reports,
         evaluations=[e for e in evaluations if e.examples],
         evaluated=evaluations[-1].round if evaluations else -1,
+        ends=_ends(journal.header, evaluations),
+        best=best_evaluation(evaluations),
         seconds=seconds,
         state_digest=state_digest,
         stopping=read_stopping(journal),
@@ -129,10 +136,10 @@ def read(journal: Journal) -> Run:
 
 
 def scores_in(evaluations: Sequence[Evaluated]) -> list[Score]:
-    """All metrics besides the loss that any of the evaluations has, in the order of the first.
+    """All metrics besides the test's loss that any of the evaluations has, in order of the first.
 
-    The first is the headline metric. One that is not registered is written under its name, and
-    not in percent.
+    Those on validation examples come after those of the test. The first is the headline metric. One
+    that is not registered is written under its name, and not in percent.
     """
     names = dict.fromkeys(name for e in evaluations for name in e.metrics if name != "loss")
     return [_score(name) for name in names]
@@ -165,6 +172,14 @@ def _first_digest(journal: Journal) -> str:
         return ModelState(journal.theta0).digest
 
 
+def _ends(header: Header, evaluations: Sequence[Evaluated]) -> int:
+    """After how many rounds the run ends; as planned where its recipe is of another version."""
+    try:
+        return last_round(header.parsed, evaluations)
+    except JournalError:
+        return int(json.loads(header.recipe).get("federation", {}).get("rounds", 0))
+
+
 def _resolved(text: str) -> dict[str, Any]:
     """A recipe with what `auto` means, or as it is where this version does not know it."""
     try:
@@ -183,10 +198,8 @@ def _flat(recipe: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _score(name: str) -> Score:
-    metric = METRICS.get(name)
-    if metric is None:
-        return Score(name, title=plain(name), percent=False)
-    return Score(name, title=plain(metric.title), percent=metric.percent)
+    metric = metric_of(name)
+    return Score(name, plain(metric_title(name)), metric is not None and metric.percent)
 
 
 def _outcome(run: Run) -> list[Fact]:
@@ -223,7 +236,7 @@ def _cost(run: Run) -> list[Fact]:
     evaluating = math.fsum(e.seconds for e in run.evaluations)
     up, down = (sent / max(1, run.reports) for sent in (run.bytes_up, run.bytes_down))
     return [
-        ("Rounds", f"{run.rounds:,}", f"of {run.planned:,}"),
+        ("Rounds", f"{run.rounds:,}", _rounds_hint(run)),
         ("Clients", f"{run.clients:,}", everyone),
         *_stopped(run),
         (
@@ -242,6 +255,13 @@ def _cost(run: Run) -> list[Fact]:
         *_within(run),
         ("Time", duration(run.seconds), f"in rounds; {duration(evaluating)} in evaluations"),
     ]
+
+
+def _rounds_hint(run: Run) -> str:
+    hint = f"of {run.planned:,}"
+    if run.ends < run.planned:
+        hint += "; its validation was no better for as long as it had patience"
+    return hint if run.best is None else f"{hint}; best on validation after {run.best.round:,}"
 
 
 def _stopped(run: Run) -> list[Fact]:

@@ -17,6 +17,7 @@ from meerkat.federation.state import ServerState, initial_state
 from meerkat.journal import Journal, replay
 from meerkat.journal.records import Checkpoint, Evaluated, RoundMetrics
 from meerkat.progress import Progress
+from meerkat.runs.best_round import last_round
 from meerkat.runs.early_stopping import EarlyStopping
 from meerkat.runs.events import RunObserver
 from meerkat.runs.renewal import Renewals
@@ -46,6 +47,8 @@ def train(
 ) -> ServerState:
     """Run the rounds that the journal lacks; each is in the journal before the next begins.
 
+    They end at `federation.rounds`, or where `evaluation.patience` is at an end.
+
     Args:
         state, log: Where the journal ends, from `restore_state`.
         observer: Is told what is in the journal.
@@ -57,18 +60,20 @@ def train(
         RunError: A subspace was not renewed in time.
     """
     schedule, algorithm = Schedule.of(recipe), journal.header.algorithm
-    known = {found.round for found in journal.evaluations()}
+    known = journal.evaluations()
 
     def evaluate_once() -> None:
-        if state.round not in known:
+        if all(found.round != state.round for found in known):
             found = evaluate(state.round, state.model)
             journal.append_evaluation(found)
-            known.add(found.round)
+            known.append(found)
             observer.evaluated(found)
 
     while state.round < recipe.federation.rounds:
         if _is_due(recipe.evaluation.every, state.round):
             evaluate_once()
+            if state.round >= last_round(recipe, known):
+                break
         state = renewals.before_round(state, log, engine)
         state = stopping.before_round(state, log, engine, progress)
         started = time.monotonic()

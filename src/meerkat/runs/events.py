@@ -46,7 +46,7 @@ class RunObserver:
         """A renewed subspace is in the journal, and the run goes on in it."""
 
     def run_ended(self, summary: dict[str, Any]) -> None:
-        """All rounds are done; the summary is in the run's directory."""
+        """The run is complete; the summary is in the run's directory."""
 
 
 class Observers(RunObserver):

@@ -16,6 +16,7 @@ from meerkat.federation.state import ServerState
 from meerkat.journal import Journal
 from meerkat.journal.records import Header
 from meerkat.progress import Progress
+from meerkat.runs.best_round import is_complete
 from meerkat.runs.directory import journal_path, mask_path, open_journal, summary_path
 from meerkat.runs.driver import Evaluator, restore_state, train
 from meerkat.runs.early_stopping import EarlyStopping, check_signal
@@ -52,7 +53,7 @@ def summary_if_complete(
     if not Journal.exists(path):
         return None
     with closing(open_journal(directory)) as journal:
-        if not _is_complete(journal, recipe):
+        if not is_complete(journal, recipe):
             return None
         observer.run_started(RunInfo(directory, journal))
         return _finish(directory, journal, observer)
@@ -97,11 +98,6 @@ def execute(
         observer.run_started(RunInfo(directory, journal))
         train(recipe, journal, state, log, engine, stopping, renewals, evaluate, observer, progress)
         return _finish(directory, journal, observer)
-
-
-def _is_complete(journal: Journal, recipe: Recipe) -> bool:
-    rounds = recipe.federation.rounds
-    return journal.rounds == rounds and any(e.round == rounds for e in journal.evaluations())
 
 
 def _finish(directory: Path, journal: Journal, observer: RunObserver) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
+from meerkat.config import Recipe
 from meerkat.errors import RunError
 from meerkat.journal import Journal, replay
 from meerkat.progress import Progress
 from meerkat.runs.assembly import Assembly, assemble
+from meerkat.runs.best_round import last_round
 from meerkat.runs.directory import (
     journal_path,
     mask_of,
@@ -56,23 +58,23 @@ def renew_when_due(
         )
     assembly = cache(lambda: assemble(recipe, progress, mask_file=mask_path(directory)))
     while True:
-        done = _rounds(directory)
-        if done is not None and is_due(recipe, done):
+        done, complete = _progress_of(directory, recipe)
+        if is_due(recipe, done) and not complete:
             path = renewed_mask_path(directory, done)
             if not path.exists():
                 _make(directory, assembly(), corpus, path)
                 made(path)
-        if once or done == recipe.federation.rounds:
+        if once or complete:
             return
         time.sleep(_LOOK_EVERY)
 
 
-def _rounds(directory: Path) -> int | None:
-    """Rounds that are done; None where the run has not begun."""
+def _progress_of(directory: Path, recipe: Recipe) -> tuple[int, bool]:
+    """Rounds that are done, 0 where the run has not begun; and are no more to come?"""
     if not Journal.exists(journal_path(directory)):
-        return None
+        return 0, False
     with closing(open_journal(directory)) as journal:
-        return journal.rounds
+        return journal.rounds, journal.rounds == last_round(recipe, journal.evaluations())
 
 
 def _make(

@@ -9,6 +9,7 @@ import numpy as np
 
 from meerkat.journal import Journal, origin, replay
 from meerkat.registry import build
+from meerkat.runs.best_round import best_evaluation
 from meerkat.transport.messages import PLAN_BYTES, encode_report
 from meerkat.zo.axes import Along
 from meerkat.zo.estimators import ESTIMATORS, Estimator
@@ -64,12 +65,16 @@ def summarise(journal: Journal) -> dict[str, Any]:
     after = next((e for e in evaluations if e.round == journal.rounds), None)
     state = replay(journal)
     path = state.theta - origin(journal)[1]
+    best = best_evaluation(journal.evaluations())
     seconds = sum(m.seconds for m in metrics) + sum(e.seconds for e in evaluations)
     return {
         "before": before.metrics if before else {},
         "after": after.metrics if after else {},
         "evaluated_examples": before and before.examples,
+        "best_round": best and best.round,
+        "best": best.metrics if best and best.examples else {},
         "rounds": journal.rounds,
+        "planned_rounds": recipe.federation.rounds,
         "clients": recipe.federation.clients,
         "local_steps": recipe.federation.local_steps,
         "bytes_up_per_client_round": sum(m.bytes_up for m in metrics) / max(1, answers),

@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 
 from meerkat.federation.rounds import RoundRecord
-from meerkat.federation.schedule import Schedule
 from meerkat.federation.selection import Decision
 from meerkat.journal.records import Evaluated, Renewal, RoundMetrics
 from meerkat.progress import Progress
+from meerkat.runs.best_round import last_round
 from meerkat.runs.events import RunInfo, RunObserver
 from meerkat.runs.summary import describe_selection
-from meerkat.tasks.metrics import LOSS, METRICS
+from meerkat.tasks.metrics import LOSS, metric_title
 
 __all__ = ["ProgressObserver", "SelectionWriter"]
 
@@ -25,15 +25,16 @@ class ProgressObserver(RunObserver):
 
     def __init__(self, progress: Progress):
         self._progress = progress
-        self._done, self._total, self._clients, self._bytes = 0, 0, 0, 0
+        self._done, self._clients, self._bytes = 0, 0, 0
+        self._evaluations: list[Evaluated] = []
 
     def run_started(self, run: RunInfo) -> None:
-        schedule = Schedule.of(run.journal.header.parsed)
-        self._clients = schedule.clients_per_round
-        self._total = schedule.federation.rounds
+        self._recipe = run.journal.header.parsed
+        self._clients = self._recipe.clients_per_round
         self._done = run.journal.rounds
         self._bytes = sum(m.bytes_up + m.bytes_down for _, m in run.journal.records())
-        for found in run.journal.evaluations():
+        self._evaluations = run.journal.evaluations()
+        for found in self._evaluations:
             self._show(found)
         self._start()
 
@@ -44,6 +45,7 @@ class ProgressObserver(RunObserver):
         self._progress.show({**loss, "sent": f"{self._bytes:,} B"})
 
     def evaluated(self, found: Evaluated) -> None:
+        self._evaluations.append(found)
         self._show(found)
         self._start()  # the evaluation was a stage of its own
 
@@ -54,14 +56,13 @@ class ProgressObserver(RunObserver):
         self._start()  # so was the making of the subspace
 
     def _start(self) -> None:
-        total, done = self._total * self._clients, self._done * self._clients
-        self._progress.start("Fine-tuning", total, done)
+        rounds = last_round(self._recipe, self._evaluations)
+        self._progress.start("Fine-tuning", rounds * self._clients, self._done * self._clients)
 
     def _show(self, found: Evaluated) -> None:
         for name, value in found.metrics.items():
             if name != LOSS and not math.isnan(value):
-                title = METRICS[name].title if name in METRICS else name
-                self._progress.show({title: f"{value:.3f}"})
+                self._progress.show({metric_title(name): f"{value:.3f}"})
                 return
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 from rich.table import Table
 
-from meerkat.tasks.metrics import LOSS, METRICS
+from meerkat.tasks.metrics import LOSS, metric_title
+from meerkat.tasks.metrics.validation import VALIDATION
 
 if TYPE_CHECKING:  # the help texts need no torch
     from meerkat.federation.selection import Verdict
@@ -97,10 +98,15 @@ def summary_table(summary: dict[str, Any], directory: Path) -> Table:
     """A run's summary: metrics before and after, bytes, who was stopped early."""
     rows: dict[str, str] = {}
     before, after = summary["before"], summary["after"]
-    for name in (*(name for name in after if name != LOSS), LOSS):
-        if name in before and name in after:
-            title = METRICS[name].title if name in METRICS else name
-            rows[title] = f"{before[name]:.3f} → {after[name]:.3f}"
+    tested = [name for name in after if not name.startswith(VALIDATION)]
+    for names in (tested, [name for name in after if name not in tested]):
+        for name in sorted(names, key=lambda name: name.endswith(LOSS)):
+            if name in before:
+                rows[metric_title(name)] = f"{before[name]:.3f} → {after[name]:.3f}"
+    if (best := summary.get("best_round")) is not None:
+        rows["best round"] = _at_best(best, summary["best"])
+    if summary["rounds"] < summary.get("planned_rounds", 0):
+        rows["rounds"] = f"{summary['rounds']:,} of {summary['planned_rounds']:,}; then no better"
     up, down = summary["bytes_up_per_client_round"], summary["bytes_down_per_client_round"]
     rows["bytes a client and round"] = f"{up:.0f} up, {down:.0f} down"
     rows["parameters that moved"] = f"{summary['mask_size']:,}"
@@ -116,6 +122,16 @@ def summary_table(summary: dict[str, Any], directory: Path) -> Table:
     if (directory / "report.html").exists():
         rows["report"] = str(directory / "report.html")
     return _two_columns(rows)
+
+
+def _at_best(round: int, metrics: dict[str, float]) -> str:
+    """The round with the best validation score, and what was measured there."""
+    chosen = [name for name in metrics if name.startswith(VALIDATION) and not name.endswith(LOSS)]
+    name = chosen[0] if chosen else VALIDATION + LOSS
+    if name not in metrics:
+        return f"{round:,}"
+    shown = (name, name.removeprefix(VALIDATION))
+    return f"{round:,}, {', '.join(f'{metric_title(n)} {metrics[n]:.3f}' for n in shown)}"
 
 
 def figures_table(figures: dict[str, Any]) -> Table:
