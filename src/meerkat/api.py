@@ -20,6 +20,7 @@ from meerkat.journal import replay as replay_journal
 from meerkat.journal.records import Evaluated
 from meerkat.progress import Progress
 from meerkat.reporting.observer import ReportWriter
+from meerkat.runs.best_round import Rounds, wanted_rounds
 from meerkat.runs.directory import (
     check_free,
     journal_path,
@@ -213,18 +214,20 @@ def resume(
     return resume_run(directory, observer, progress, recover)
 
 
-def replay(directory: str | Path, rounds: int | None = None, audit: bool = False) -> Replayed:
+def replay(directory: str | Path, rounds: Rounds = None, audit: bool = False) -> Replayed:
     """The training state after `rounds` rounds (all by default), from the journal alone.
 
     Args:
+        rounds: `best` is the round with the best validation score.
         audit: Check the whole journal and replay it from the start, without its checkpoints.
 
     Raises:
         MeerkatError: There is no such run or round, or θ is not what the run recorded.
     """
     with closing(open_journal(Path(directory), audit=audit)) as journal:
-        state = replay_journal(journal, rounds, audit)
-        return Replayed(journal.rounds if rounds is None else rounds, state)
+        done = wanted_rounds(journal, rounds)
+        state = replay_journal(journal, done, audit)
+        return Replayed(journal.rounds if done is None else done, state)
 
 
 def evaluate(
@@ -232,7 +235,7 @@ def evaluate(
     recipe: Source | None = None,
     split: str = "test",
     examples: int | None = None,
-    rounds: int | None = None,
+    rounds: Rounds = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluated:
@@ -241,49 +244,45 @@ def evaluate(
     Args:
         target: A run's directory, or a model as `model.name` names one.
         recipe: The task to evaluate a model on; a run brings its own.
-        split: `test` (held out) or `train`.
-        examples: How many; the recipe's number by default.
-        rounds: θ after so many rounds of the run.
+        split: `test` (held out, without validation examples), `validation`, or `train`.
+        examples: At most so many; the recipe's number by default.
+        rounds: θ after so many rounds of the run; `best` is the one with the best validation score.
 
     Raises:
         MeerkatError: The target, the recipe or the split is not usable.
     """
     with needed_extra("train"):
-        from meerkat.data.sources import Split
-        from meerkat.runs.assembly import assemble
+        from meerkat.data.clients import examples_of
+        from meerkat.runs.assembly import EncodedExamples, assemble
         from meerkat.runs.evaluation import evaluate_objective
         from meerkat.spaces.linear import space_of
     directory = Path(target)
     is_run = journal_path(directory).exists()
-    if split not in ("test", "train"):
-        raise RunError(f"--split {split!r}: it is test or train")
+    if split not in ("test", "validation", "train"):
+        raise RunError(f"--split {split!r}: it is test, validation or train")
     if is_run and recipe is None:
         parsed = _recipe(recipe_of(directory), overrides)
     elif recipe is not None:
         parsed = _recipe(recipe, overrides)
     else:
         raise RunError(f"{target} is no run directory; to evaluate a model give --recipe as well")
-    changes = [f"evaluation.examples={examples}"] if examples is not None else []
-    if not is_run:
-        changes.append(f"model.name={json.dumps(str(target))}")
+    changes = [] if is_run else [f"model.name={json.dumps(str(target))}"]
     # A run has a mask of its own, however it was found.
     mask_file = mask_path(directory) if is_run else None
     assembly = assemble(_recipe(parsed, changes), progress, mask_file=mask_file)
+    chosen = examples_of(parsed, assembly.split, split, examples)
     space: ParameterSpace | None = None
     if is_run:
         with closing(open_journal(directory)) as journal:
-            mask, state = mask_of(directory, journal, rounds), replay_journal(journal, rounds)
+            done = wanted_rounds(journal, rounds)
+            mask, state = mask_of(directory, journal, done), replay_journal(journal, done)
         _ = assembly.found_mask  # checks the model, as it was loaded
         assembly.quantise()
         space = space_of(assembly.loaded.model, mask)
         space.write(state.theta)
-    if split == "train":
-        swapped = Split(assembly.split.train, assembly.split.train)
-        assembly = dataclasses.replace(assembly, split=swapped)
+    encoded = EncodedExamples(chosen, assembly.encoder)
     try:
-        return evaluate_objective(
-            assembly.objective, assembly.test, assembly.metrics, progress=progress
-        )
+        return evaluate_objective(assembly.objective, encoded, assembly.metrics, progress=progress)
     finally:
         if space is not None:
             space.restore()
@@ -293,9 +292,12 @@ def export(
     directory: str | Path,
     to: str | Path,
     delta: bool = False,
-    rounds: int | None = None,
+    rounds: Rounds = None,
 ) -> Path:
     """Write a run's model: merged, or as a sparse delta for `apply_delta`.
+
+    Args:
+        rounds: As `evaluate`.
 
     Raises:
         MeerkatError: There is no such run, its base model changed, or `to` exists.
@@ -305,9 +307,9 @@ def export(
         from meerkat.runs.export import save_delta, save_merged
     directory, to = Path(directory), Path(to)
     with closing(open_journal(directory)) as journal:
-        header = journal.header
-        theta = replay_journal(journal, rounds).theta
-        mask = mask_of(directory, journal, rounds)
+        header, done = journal.header, wanted_rounds(journal, rounds)
+        theta = replay_journal(journal, done).theta
+        mask = mask_of(directory, journal, done)
     if delta:
         save_delta(mask, mask.weights(theta), to)
         return to

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -47,9 +47,25 @@ Overrides = Annotated[
         help="Change a field of the recipe, such as federation.rounds=20; may be repeated.",
     ),
 ]
+
+
+def _rounds(value: str) -> int | Literal["best"]:
+    if value == "best":
+        return "best"
+    if not (value.isascii() and value.isdecimal()):
+        raise typer.BadParameter(f"{value!r} is neither a number of rounds nor best")
+    return int(value)
+
+
 RoundOption = Annotated[
-    int | None,
-    typer.Option("--round", "-r", help="After so many rounds; all by default.", min=0),
+    Any,
+    typer.Option(
+        "--round",
+        "-r",
+        parser=_rounds,
+        metavar="N|best",
+        help="After so many rounds, or with the best validation score; all by default.",
+    ),
 ]
 
 
@@ -251,7 +267,7 @@ def evaluate(
     recipe: Annotated[
         Path | None, typer.Option(help="The recipe whose task a model is evaluated on.")
     ] = None,
-    split: Annotated[str, typer.Option(help="test (held out) or train.")] = "test",
+    split: Annotated[str, typer.Option(help="test (held out), validation, or train.")] = "test",
     examples: Annotated[
         int | None, typer.Option(help="How many examples; as the recipe says by default.", min=1)
     ] = None,
