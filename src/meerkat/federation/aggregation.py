@@ -12,7 +12,15 @@ from jaxtyping import Float64
 from meerkat.federation.messages import ClientReport
 from meerkat.zo.directions import DirectionKind
 
-__all__ = ["by_precision", "clipped", "largest", "scalar_matrix", "usual_size", "weights"]
+__all__ = [
+    "by_precision",
+    "clipped",
+    "largest",
+    "scalar_matrix",
+    "shares",
+    "usual_size",
+    "weights",
+]
 
 
 def weights(
@@ -21,12 +29,23 @@ def weights(
     """p_k over the clients that reported: 1/K, or by the examples that they claim to hold.
 
     Args:
+        most: As in `shares`.
+    """
+    return shares([report.examples for report in reports], weighting, most)
+
+
+def shares(
+    counts: Sequence[int], weighting: str, most: float = math.inf
+) -> Float64[np.ndarray, " K"]:
+    """p_k of clients with so many examples: 1/K, or by these counts.
+
+    Args:
         most: A count is no more than so many times the median count, the lower one of an even
             number: of two clients, neither sets its own bound.
     """
     if weighting == "uniform":
-        return np.full(len(reports), 1.0 / len(reports))
-    examples = np.array([report.examples for report in reports], np.float64)
+        return np.full(len(counts), 1.0 / len(counts))
+    examples = np.array(counts, np.float64)
     examples = np.minimum(examples, most * np.sort(examples)[(len(examples) - 1) // 2])
     return examples / examples.sum()
 

@@ -23,7 +23,15 @@ WINDOW = 20
 _FEWEST = 3
 """Clients of a round from which on a median is worth something."""
 
-__all__ = ["WINDOW", "RoundRecord", "check_report", "close_round", "plan_calibration", "plan_round"]
+__all__ = [
+    "WINDOW",
+    "RoundRecord",
+    "check_report",
+    "close_round",
+    "plan_calibration",
+    "plan_round",
+    "sampling_order",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,12 @@ class RoundRecord:
     """What the round adds to the log."""
     state_digest: str
     """Digest of the state after the round."""
+
+
+def sampling_order(schedule: Schedule, round: int) -> list[int]:
+    """All clients, in the order in which a round samples them."""
+    order: list[int] = permutation(schedule.seed, (6, round), schedule.federation.clients).tolist()
+    return order
 
 
 def plan_round(
@@ -54,8 +68,7 @@ def plan_round(
     """
     if exact is None:
         exact = schedule.exact_clients()
-    clients = schedule.federation.clients
-    order = permutation(schedule.seed, (6, state.round), clients).tolist()
+    order = sampling_order(schedule, state.round)
     here = None if present is None else frozenset(present)
     able = order if here is None else [client for client in order if client in here]
     everyone = schedule.is_calibration_round(state.round)
