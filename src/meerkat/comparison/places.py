@@ -42,6 +42,8 @@ class Place(Protocol):
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """The loss of each example, and the n values of the gradient of their mean.
 
+        These may be overwritten by the caller and by the next call.
+
         Args:
             parts: Losses of some examples each, made when they are asked for.
             examples: S of all parts.
@@ -51,7 +53,7 @@ class Place(Protocol):
 class AllParameters:
     """All parameters of a model one after the other, each tied one once, as one float32 vector.
 
-    Memory beside the model: n values to restore it, and n of a gradient while there is one.
+    Memory beside the model: n values to restore it, and n of the last gradient.
 
     Raises:
         ModelError: A parameter is not in float32.
@@ -75,6 +77,7 @@ class AllParameters:
             flat = self._parameters[name].detach().reshape(-1)
             self._original[where] = flat.cpu().numpy()
         self._original.setflags(write=False)
+        self._gradient = np.empty(begin, np.float32)
 
     def read(self) -> Vector:
         """The parameters as they were when this was made; read-only."""
@@ -100,7 +103,8 @@ class AllParameters:
 
         A parameter that the losses do not depend on has zeros.
         """
-        total = np.zeros(self.size, np.float32)
+        total = self._gradient  # new memory for each would take longer than the backward pass
+        total.fill(0.0)
         losses: list[Tensor] = []
 
         def collect(name: str, gradient: Tensor) -> None:
