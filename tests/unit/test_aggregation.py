@@ -102,6 +102,27 @@ def test_the_mean_is_over_all_who_reported(weighting: str) -> None:
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "examples"])
+@pytest.mark.parametrize("directions", ["shared", "per-client"])
+def test_weights_of_a_step_may_be_over_those_that_took_it(weighting: str, directions: str) -> None:
+    sections: dict[str, Any] = {
+        "federation": {"weighting": weighting, "weights_over": "step"},
+        "noise": {"directions": directions},
+    }
+    algorithm = algorithm_of(10, **sections)
+    state = make_server_state(algorithm, 5)
+    rows = {1: [1.0, 2.0, 3.0], 3: [10.0], 4: [100.0, 200.0, 300.0]}
+    reports = [make_report(state.model, client, row) for client, row in rows.items()]
+    updates = algorithm.aggregate(reports, 0.25)
+    held = {1: 1, 3: 1, 4: 1} if weighting == "uniform" else {1: 2, 3: 4, 4: 5}
+    for step, update in enumerate(updates):
+        took = [client for client, row in rows.items() if step < len(row)]
+        whole = sum(held[client] for client in took)
+        shares = [held[client] / whole * rows[client][step] for client in took]
+        found = [entry.coefficient for entry in update.entries]
+        assert found == pytest.approx([sum(shares)] if directions == "shared" else shares)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
 def test_with_a_direction_for_each_client_each_keeps_its_share(weighting: str) -> None:
     noise = {"directions": "per-client", "perturbations": 2}
     algorithm = algorithm_of(10, federation={"weighting": weighting}, noise=noise)

@@ -159,9 +159,41 @@ def test_more_clients_than_examples_are_refused(kind: str) -> None:
         partition(make_examples(5), federation(6, kind), seed=0)
 
 
+@pytest.mark.parametrize(("label", "held"), [(2, [2, 2, 2]), (None, [1, 2, 0])])
+def test_a_balanced_partition_is_in_equal_parts(label: int | None, held: list[int]) -> None:
+    """Seed 1: the labels of extreme clients in turn from number 1."""
+    examples = make_examples(400)
+    chosen = federation(7, "balanced", extreme=3, extreme_label=label)
+    parts = partition(examples, chosen, seed=1)
+    counts = np.array(label_counts(examples, parts, 3))
+    size = counts[0].sum()
+    assert size >= 3
+    assert (counts[:4] == size // 3).all()
+    for row, kind in zip(counts[4:], held, strict=True):
+        assert (row[kind], row.sum()) == (size, size)
+    flat = [index for part in parts for index in part]
+    assert len(set(flat)) == len(flat)
+    # One more example of each label a client would be too many of some label.
+    wanted = np.bincount(held, minlength=3) * (size + 3) + 4 * (size // 3 + 1)
+    totals = np.bincount([example.label for example in examples], minlength=3)
+    assert (wanted > totals).any()
+    assert partition(examples, chosen, seed=1) == parts
+    assert partition(examples, chosen, seed=4) != parts
+
+
+def test_extreme_clients_may_share_one_label() -> None:
+    examples = make_examples(300)
+    parts = partition(examples, federation(9, extreme=2, extreme_label=1), seed=2)
+    counts = label_counts(examples, parts, 3)
+    assert counts[-2:] == [[0, 33, 0], [0, 33, 0]]
+    assert sum(map(sum, counts)) == 300
+
+
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
+        (federation(8, "balanced", extreme=8, extreme_label=0, min_size=12), r"would hold \d+ ex"),
+        (federation(3, extreme=1, extreme_label=5), r"extreme_label = 5: .* labels 0, 1, 2; take"),
         (federation(4, "iid", min_size=26), r"min_size = 26: 100 examples are too few; lower"),
         (federation(2, "single-label"), r"clients = 2: .*3 labels needs at least as many"),
         (federation(4, "pathological", labels_per_client=4), r"'pathological' cannot be made"),
@@ -171,7 +203,7 @@ def test_more_clients_than_examples_are_refused(kind: str) -> None:
         ),
         (federation(30, "dirichlet", alpha=0.01, min_size=3), r"'dirichlet' cannot be made"),
     ],
-    ids=range(5),
+    ids=range(7),
 )
 def test_partitions_that_cannot_be_made_are_refused(chosen: Federation, message: str) -> None:
     with pytest.raises(DataError, match=message):

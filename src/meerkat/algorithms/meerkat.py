@@ -99,6 +99,7 @@ def assembled(recipe: Recipe, n: int) -> ZerothOrder:
         ),
         weighting=federation.weighting,
         weight_cap=federation.weight_cap or math.inf,
+        over_step=federation.weights_over == "step",
     )
 
 

