@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from meerkat.api import (
         Replayed,
         calibrate,
+        compare,
         evaluate,
         export,
         gradip,
@@ -38,6 +39,7 @@ __all__ = [
     "apply_delta",
     "bench",
     "calibrate",
+    "compare",
     "evaluate",
     "export",
     "gradip",

@@ -38,6 +38,7 @@ from meerkat.spaces.mask_file import save_mask
 from meerkat.zo.state import ModelState, Theta
 
 if TYPE_CHECKING:
+    from meerkat.comparison.comparing import Comparison
     from meerkat.runs.finding_mask import FoundMask
     from meerkat.runs.plan_figures import Plan
     from meerkat.spaces.base import ParameterSpace
@@ -46,6 +47,7 @@ __all__ = [
     "Gradip",
     "Replayed",
     "calibrate",
+    "compare",
     "evaluate",
     "export",
     "gradip",
@@ -98,6 +100,32 @@ def calibrate(
         return found
     save_mask(found.mask, out)
     return dataclasses.replace(found, path=Path(out))
+
+
+def compare(
+    grid: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    jobs: int = 0,
+    only_tables: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Make the runs that a grid lacks, and its tables and pictures.
+
+    Args:
+        grid: A grid's file: methods, cases, budget, search and seeds.
+        out: Where runs and tables go; by default under `comparisons/`, by the grid's name.
+        overrides: `field=value` of the grid, as `--set`.
+        jobs: Runs at a time; 0 is one for every two cores, or one where there is a GPU.
+        only_tables: Make no run; tables and pictures of those that are there.
+
+    Raises:
+        MeerkatError: The grid is not valid, or runs could not be made; those that were are kept.
+    """
+    with needed_extra("compare"):
+        from meerkat.comparison.comparing import compare_methods
+    directory = Path(out) if out else Path("comparisons") / Path(grid).stem
+    return compare_methods(Path(grid), directory, overrides, jobs, only_tables, progress)
 
 
 def plan(

@@ -138,6 +138,34 @@ def calibrate(
 
 
 @_command
+def compare(
+    grid: Annotated[Path, typer.Argument(help="The grid, a TOML file.", metavar="GRID")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where runs and tables go; by default under comparisons/."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the grid."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; 0 goes by the cores.", min=0)] = 0,
+    only_tables: Annotated[
+        bool, typer.Option("--tables", help="Make no run; tables of those that are there.")
+    ] = False,
+) -> None:
+    """Run methods on the same cases with the same budget, and put them in one table."""
+    from meerkat import api
+
+    with Bar() as progress:
+        found = api.compare(grid, out, overrides or (), jobs, only_tables, progress)
+    from meerkat.comparison.tables import as_terminal
+
+    console.print(as_terminal(found.rows, found.reference))
+    for path in found.written:
+        console.print(f"wrote {path}")
+
+
+@_command
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,

@@ -13,10 +13,9 @@ from builders import merged
 from numpy.testing import assert_allclose
 
 import meerkat
-from meerkat.comparison import FirstOrder, run_first_order
 from meerkat.comparison import first_order as module
-from meerkat.comparison.first_order import train_first_order
-from meerkat.comparison.results import result_path
+from meerkat.comparison.first_order import run_first_order, train_first_order
+from meerkat.comparison.results import FirstOrder, result_path
 from meerkat.config import Recipe, parse_recipe
 from meerkat.errors import DivergedError, RecipeError, RunError
 from meerkat.runs.assembly import Assembly, assemble

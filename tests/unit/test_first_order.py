@@ -19,10 +19,17 @@ from builders import (
 )
 from numpy.testing import assert_allclose
 
-from meerkat.comparison import FirstOrder, FirstOrderResult, Point, run_first_order
+from meerkat.comparison.first_order import run_first_order
 from meerkat.comparison.optimizers import SGD, Adam
 from meerkat.comparison.places import AllParameters, Place
-from meerkat.comparison.results import read_result, result_path, write_result
+from meerkat.comparison.results import (
+    FirstOrder,
+    FirstOrderResult,
+    Point,
+    read_result,
+    result_path,
+    write_result,
+)
 from meerkat.comparison.rules import Central, FedAvg, FedAvgM, Rule, Scaffold
 from meerkat.comparison.vectors import add_scaled
 from meerkat.errors import ModelError, RecipeError, RunError

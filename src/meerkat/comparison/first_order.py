@@ -26,7 +26,7 @@ from meerkat.comparison.results import (
 )
 from meerkat.comparison.rules import Central, FedAvg, FedAvgM, Rule, Scaffold
 from meerkat.comparison.vectors import Vector
-from meerkat.config import Noise, Optimizer, Recipe, Selection
+from meerkat.config import Choice, Noise, Optimizer, Recipe, Selection
 from meerkat.errors import DivergedError, RecipeError, RunError
 from meerkat.federation.aggregation import shares
 from meerkat.federation.client import Client
@@ -112,7 +112,7 @@ def _in_float32(recipe: Recipe) -> Recipe:
     resolved = recipe.resolved
     rate = {"learning_rate": resolved.learning_rate, "schedule": resolved.schedule}
     changes = {
-        "algorithm": "meerkat",
+        "algorithm": Choice(kind="meerkat"),
         "model": recipe.model.model_copy(update={"dtype": "float32"}),
         "subspace": None,
         "optimizer": Optimizer().model_copy(update=rate),
@@ -230,7 +230,12 @@ class _Training:
 def _evaluate(assembly: Assembly, round: int) -> Evaluated:
     """The recipe's metrics on its held-out examples, at the weights as they are."""
     return evaluate_objective(
-        assembly.objective, assembly.test, assembly.metrics, round, assembly.progress
+        assembly.objective,
+        assembly.test,
+        assembly.metrics,
+        round,
+        assembly.progress,
+        validation=assembly.validation,
     )
 
 

@@ -14,7 +14,14 @@ from pydantic import BaseModel, ValidationError
 from meerkat.config.schema import Recipe
 from meerkat.errors import RecipeError
 
-__all__ = ["load_recipe", "parse_recipe"]
+__all__ = [
+    "described_error",
+    "load_recipe",
+    "parse_recipe",
+    "read_data",
+    "with_overrides",
+    "with_settings",
+]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,6 +31,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: The file is missing or malformed, or a field is not valid.
     """
     path = Path(path)
+    return parse_recipe(read_data(path), overrides, origin=str(path))
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The sections of a recipe's file, before they are checked.
+
+    Raises:
+        RecipeError: The file is missing or malformed.
+    """
     if path.is_dir() or not path.exists():
         raise RecipeError(f"recipe {path}: no such file")
     try:
@@ -35,7 +51,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {path}: it holds a {type(data).__name__}, not sections of fields"
         )
-    return parse_recipe(data, overrides, origin=str(path))
+    return data
+
+
+def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sections with some fields changed by `section.field=value`.
+
+    Raises:
+        RecipeError: An override is not of this form.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    for override in overrides:
+        _apply(merged, override)
+    return merged
+
+
+def with_settings(data: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's sections with some fields set, by `section.field`.
+
+    Raises:
+        RecipeError: Where a section should be there is a value.
+
+    >>> with_settings({"a": {"b": 1}}, {"a.c": 2, "d": 3})
+    {'a': {'b': 1, 'c': 2}, 'd': 3}
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    for key, value in settings.items():
+        _set(merged, key.split("."), value, key)
+    return merged
 
 
 def parse_recipe(
@@ -50,13 +93,11 @@ def parse_recipe(
     >>> parse_recipe(data, ["federation.clients=4", "federation.rounds=2"]).federation.rounds
     2
     """
-    merged = json.loads(json.dumps(data, default=str))
-    for override in overrides:
-        _apply(merged, override)
+    merged = with_overrides(data, overrides)
     try:
         return Recipe.model_validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
-        raise RecipeError(f"{origin}: {_one_line(error)}") from None
+        raise RecipeError(f"{origin}: {described_error(error, Recipe)}") from None
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -71,15 +112,23 @@ def _apply(data: dict[str, Any], override: str) -> None:
         value = text.strip()
     if isinstance(value, date | time):  # TOML has dates; a recipe has none
         value = text.strip()
+    _set(data, parts, value, f"--set {override!r}")
+
+
+def _set(data: dict[str, Any], parts: Sequence[str], value: Any, where: str) -> None:
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise RecipeError(f"--set {override!r}: {part} is a value, not a section")
+            raise RecipeError(f"{where}: {part} is a value, not a section")
     data[parts[-1]] = value
 
 
-def _one_line(error: ValidationError) -> str:
-    """The first error of pydantic's list, as field, value and way out."""
+def described_error(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first error of pydantic's list, as field, value and way out.
+
+    Args:
+        root: What was read.
+    """
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     # Branches of a union carry their type's name behind the field; no field has such a name.
@@ -89,7 +138,7 @@ def _one_line(error: ValidationError) -> str:
     if kind == "missing":
         return f"{field} is missing; add it"
     if kind == "extra_forbidden":
-        section = _section(location[:-1])
+        section = _section(root, location[:-1])
         near = ", ".join(section.model_fields) if section else ""
         return f"{field} = {value!r} is not a known key; known here: {near}"
     if kind == "value_error":
@@ -100,9 +149,11 @@ def _one_line(error: ValidationError) -> str:
     return f"{field} = {value!r}: " + ", or ".join(f"{m[0].lower()}{m[1:]}" for m in wanted)
 
 
-def _section(location: Sequence[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] = Recipe
+def _section(root: type[BaseModel], location: Sequence[str]) -> type[BaseModel] | None:
+    section = root
     for part in location:
+        if part not in section.model_fields:
+            return None
         annotation = section.model_fields[part].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return None

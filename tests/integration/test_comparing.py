@@ -1,0 +1,122 @@
+"""Comparisons of tiny models: search, seeds, tables, and going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import merged
+
+import meerkat
+from meerkat.comparison.cells import groups_of
+from meerkat.comparison.comparing import Comparison
+from meerkat.comparison.grid import load_grid
+from meerkat.comparison.running import make_cell
+from meerkat.errors import RunError
+
+GRID = """
+recipe = "base.json"
+methods = ["meerkat", "aligned", "feddyn", "scaffold-masked", "fast"]
+passes = 256
+seeds = [1, 2]
+evaluations = 2
+target = 0.01
+[search]
+validation = 8
+[search.rates]
+meerkat = [1e-3, 1e-2]
+feddyn = [1e-3]
+scaffold-masked = [1e-3]
+[method.fast]
+title = "far too fast"
+rates = [1e30, 1e31]
+[cases.steps]
+"T = 1" = { "federation.local_steps" = 1 }
+"T = 2" = { "federation.local_steps" = 2 }
+"""
+SHORT = ["methods=['meerkat']", "cases={}"]
+
+
+@pytest.fixture
+def grid(tiny_recipe_data: dict[str, Any], sentences_file: Path, tmp_path: Path) -> Path:
+    """A grid and its recipe: 8 local steps of 2 passes over 16 examples."""
+    subspace = {"dimensions": 4, "texts": 12, "kind": "none", "least_rank": 0}
+    subspace["corpus"] = str(sentences_file)
+    sections = {"federation": {"batch_size": 16}, "evaluation": {"examples": 12}}
+    data = merged(tiny_recipe_data, **sections, subspace=subspace)
+    (tmp_path / "base.json").write_text(json.dumps(data))
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    return path
+
+
+@pytest.mark.slow
+def test_a_whole_comparison(grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = meerkat.compare(grid, out, jobs=2)
+    assert isinstance(found, Comparison)
+    assert [(row.case, row.method) for row in found.rows] == [
+        ((case,), method)
+        for case in ("T = 1", "T = 2")
+        for method in ("zero-shot", "meerkat", "aligned", "feddyn", "scaffold-masked", "fast")
+    ]
+    by_name = {(row.case[0], row.method): row for row in found.rows}
+    for case in ("T = 1", "T = 2"):
+        for method in ("meerkat", "aligned", "feddyn", "scaffold-masked"):
+            row = by_name[case, method]
+            assert row.score is not None
+            assert (row.score.count, row.diverged) == (2, 0)
+            assert 0 < row.passes <= 256
+            assert row.bytes_up > 0
+            assert row.cost is not None
+            assert row.cost.reached == 2
+        assert by_name[case, "fast"].rate is None
+        assert by_name[case, "meerkat"].rate in (1e-3, 1e-2)
+        assert by_name[case, "meerkat"].edge  # of two rates both are
+    # With T = 2 there are half as many rounds of as many passes.
+    assert by_name["T = 1", "meerkat"].rounds == 2 * by_name["T = 2", "meerkat"].rounds == 8
+    for name in ("table.md", "table.csv", "table.tex", "pictures/t-1-bytes.svg"):
+        assert (out / name).stat().st_size > 100
+    # The exact recipe of each run is in its folder; another call makes none again.
+    recipes = sorted(out.glob("cells/*/*/*/recipe.json"))
+    assert len(recipes) == 2 * (2 + 2 + 2 + 2 + 2)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/*/*")}
+    again = meerkat.compare(grid, out, jobs=1)
+    assert again.rows == found.rows
+    assert {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/*/*")} == before
+
+
+@pytest.mark.slow
+def test_tables_of_what_is_there(grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="no run of the comparison"):
+        meerkat.compare(grid, out, SHORT, only_tables=True)
+    parsed, data = load_grid(grid, SHORT)
+    group = next(groups_of(parsed, data))
+    for cell in (*group.search, group.chosen(1e-2)[0]):
+        make_cell(cell, out, 1)
+    found = meerkat.compare(grid, out, SHORT, only_tables=True)
+    rates = [row.rate for row in found.rows]
+    assert len(found.rows) in (1, 2)
+    assert rates[-1] in (1e-3, 1e-2)
+
+
+def test_a_cell_that_cannot_be_made_is_named(grid: Path, tmp_path: Path) -> None:
+    """The others are made, and their tables written when the rest is there."""
+    changes = [*SHORT, "settings={'mask.kind'='sensitivity','mask.corpus'='nowhere.txt'}"]
+    with pytest.raises(RunError, match=r"cell meerkat/all/.*nowhere\.txt"):
+        meerkat.compare(grid, tmp_path / "out", changes, jobs=1)
+
+
+def test_a_mask_of_density_one_is_full_fedzo(
+    tiny_recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    digests = set()
+    for number, mask in enumerate(({"kind": "full"}, {"kind": "sensitivity", "density": 1.0})):
+        recipe = meerkat.parse_recipe(merged(tiny_recipe_data, mask=mask))
+        summary = meerkat.run(recipe, tmp_path / str(number), observers=())
+        assert summary["mask_size"] == summary["eligible_parameters"]
+        digests.add(summary["state_digest"])
+    assert len(digests) == 1
