@@ -16,6 +16,7 @@ from meerkat.data.encoding import Encoded
 from meerkat.data.packing import PackedBatch, pack, packs
 from meerkat.errors import ModelError
 from meerkat.models import attention
+from meerkat.models.adapters import base_layers
 from meerkat.models.loading import LoadedModel
 from meerkat.models.packing_check import check_packing
 from meerkat.models.prefix import KeptActivations, Prefix
@@ -68,7 +69,8 @@ class TextObjective:
         if not isinstance(self._head, nn.Linear):
             raise ModelError(f"model.name = {loaded.name!r} has no linear LM head")
         self._scored_per_pass = max(1, _LOGITS_PER_PASS // self._head.out_features)
-        check_packing(self.model, loaded.name, self.device)
+        with base_layers(self.model):  # the check builds the architecture anew, without adapters
+            check_packing(self.model, loaded.name, self.device)
         if compiled:
             self.model.base_model.compile(dynamic=True)
 

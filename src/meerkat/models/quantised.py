@@ -115,8 +115,9 @@ def quantise(model: nn.Module, bits: Bits, moving: Mapping[str, np.ndarray]) -> 
     """Quantise the matrices of a model's linear layers and embeddings, in place; a second call does
     nothing.
 
-    Others stay as they are, as do matrices whose rows are no multiple of 32 with 4 bits, and those
-    outside linear layers, or of the LM head, in which something moves.
+    Others stay as they are, as do matrices whose rows are no multiple of 32 with 4 bits, those of
+    which every value moves, and those outside linear layers, or of the LM head, in which something
+    moves.
 
     Args:
         moving: Flat indices of the values that keep their own value, by the parameter's name.
@@ -135,6 +136,8 @@ def quantise(model: nn.Module, bits: Bits, moving: Mapping[str, np.ndarray]) -> 
         inner = all(isinstance(module, nn.Linear) and module is not head for module, _ in found)
         if (name in moving and not inner) or (bits == 4 and parameter.shape[1] % GROUP):
             continue
+        if name in moving and len(moving[name]) == parameter.numel():
+            continue  # it would be kept twice, in full and in few bits
         made = nn.Parameter(
             QuantisedWeight(parameter.detach(), bits, moving.get(name)), requires_grad=False
         )

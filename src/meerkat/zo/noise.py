@@ -41,6 +41,7 @@ __all__ = [
     "fingerprint",
     "permutation",
     "table",
+    "uniform",
     "words",
 ]
 
@@ -58,7 +59,7 @@ VALUES_PER_WORD: Mapping[Kind, int] = {"gaussian": 2, "tabulated": 4, "rademache
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 _SIGNS = _BITS.astype(np.float32) * np.float32(2) - np.float32(1)
 """The signs that the bits of a byte stand for, the lowest first."""
-_DOMAIN_NOISE, _DOMAIN_PERMUTATION = 0, 1
+_DOMAIN_NOISE, _DOMAIN_PERMUTATION, _DOMAIN_UNIFORM = 0, 1, 4
 """Others: 2 is the random mask's (`spaces.mask_criteria`), 3 the seed pool's (`zo.seed_pool`)."""
 
 
@@ -134,6 +135,18 @@ def permutation(seed: int, coordinates: tuple[int, int], n: int) -> NDArray[np.i
     """A permutation of range(n) that is the same on every machine."""
     raw = words(seed, [coordinates[0], coordinates[1], _DOMAIN_PERMUTATION << 32], n)
     return np.argsort(raw, kind="stable")
+
+
+def uniform(seed: int, coordinates: tuple[int, int], n: int) -> Float64[np.ndarray, " n"]:
+    """n values of the open interval (-1, 1), by 32 bits each; exact, and the same on every machine.
+
+    >>> values = uniform(0, (0, 0), 10_000)
+    >>> bool((abs(values) < 1).all()), round(float(abs(values).mean()), 2)
+    (True, 0.5)
+    """
+    raw = words(seed, [coordinates[0], coordinates[1], _DOMAIN_UNIFORM << 32], -(-n // 2))
+    halves = raw.astype("<u8").view("<u4")[:n]
+    return (halves + 0.5) * 2.0**-31 - 1.0
 
 
 def fingerprint() -> str:
