@@ -14,7 +14,7 @@ from meerkat.models.objective import TextObjective
 from meerkat.spaces.mask_criteria import eligible_parameters, top_mask
 from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.sensitivity import (
-    PretrainingLoss,
+    BatchLoss,
     concentration_of,
     gradient_at,
     sensitivity_scores,
@@ -23,7 +23,7 @@ from meerkat.spaces.sensitivity import (
 BATCHES = torch.randint(0, 320, (3, 2, 12), generator=torch.Generator().manual_seed(5))
 
 
-def loss_of(loaded: LoadedModel) -> PretrainingLoss:
+def loss_of(loaded: LoadedModel) -> BatchLoss:
     """Next-token cross-entropy by transformers' own."""
     return lambda ids: loaded.model(input_ids=ids, labels=ids, use_cache=False).loss
 

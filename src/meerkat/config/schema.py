@@ -117,6 +117,7 @@ class Recipe(Section):
         self._check_selection()
         self._check_exact()
         self._check_renewal()
+        self._check_adapters()
         return self
 
     def _check_patience(self) -> None:
@@ -174,6 +175,23 @@ class Recipe(Section):
                 f"{asked} leaves no fixed directions to judge clients by GradIP along; set "
                 "selection.signal = 'projected-gradient'"
             )
+
+    def _check_adapters(self) -> None:
+        """Are there LoRA factors where a recipe says what they are, and nothing else that moves?"""
+        mask, usual = self.mask, MaskSection()
+        if mask.kind == "lora":
+            if self.subspace is not None:
+                raise ValueError(
+                    "mask.kind = 'lora' moves all factors, in no subspace: its rates are measured "
+                    "for masks of weights; leave [subspace] out, or set subspace.kind = 'none'"
+                )
+            return
+        for field in ("lora_rank", "lora_alpha"):
+            if (given := getattr(mask, field)) != getattr(usual, field):
+                raise ValueError(
+                    f"mask.{field} = {given} goes with mask.kind = 'lora', which is "
+                    f"{mask.kind!r}: leave it out"
+                )
 
     def _check_exact(self) -> None:
         """Is there a subspace for exact gradients, of a size that a report may have?"""

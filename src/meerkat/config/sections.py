@@ -84,9 +84,13 @@ class ModelSection(Section):
 
 
 class MaskSection(Section):
-    kind: Literal["sensitivity", "magnitude", "random", "full", "union"] = "sensitivity"
-    """How the mask is found: pre-training gradients (the method), weight magnitude, uniformly at
-    random, every eligible parameter, or the union of masks from the clients' own data."""
+    kind: Literal["sensitivity", "task", "magnitude", "random", "full", "union", "lora"] = (
+        "sensitivity"
+    )
+    """How the mask is found: pre-training gradients (the method), gradients of the task's loss on
+    the clients' labelled examples (an oracle: no server has these), weight magnitude, uniformly at
+    random, every eligible parameter, or the union of masks from the clients' own data. `lora`: the
+    weights stay, and all LoRA factors beside them move (extra `lora`); `density` says nothing."""
     density: Annotated[float, Field(gt=0, le=1)] = 1e-3
     """Share u of the eligible parameters that may move."""
     score: Literal["mean_square", "squared_mean"] = "mean_square"
@@ -110,13 +114,17 @@ class MaskSection(Section):
     corpus_column: str = "text"
     """Column of a hub corpus that holds the text."""
     batches: Count = 24
-    """Calibration batches B."""
+    """Calibration batches B; of a task mask fewer where the clients hold fewer examples."""
     batch_size: Count = 8
-    """Sequences in a calibration batch."""
+    """Sequences, or with `kind = "task"` examples, in a calibration batch."""
     sequence_length: Annotated[int, Field(ge=2, lt=2**20)] = 128
     """Tokens of a calibration sequence."""
     seed: Seed = 0
-    """Order of the corpus, and the random mask."""
+    """Order of the corpus or of the examples, the random mask, and the first LoRA factors."""
+    lora_rank: Annotated[int, Field(ge=1, lt=2**12), Neutral(8)] = 8
+    """`lora`: rank r of the factors of each weight, B (out, r) and A (r, in)."""
+    lora_alpha: Annotated[Positive, Neutral(16.0)] = 16.0
+    """`lora`: α; a weight becomes W + (α/r) B A."""
     file: str | None = None
     """A mask file to use instead of calibrating; it must have been made for this model."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from meerkat.algorithms import make_algorithm
-from meerkat.config import Recipe
+from meerkat.config import MaskSection, Recipe
 from meerkat.data.clients import client_label_counts, load_partition, validation_examples
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
@@ -22,20 +22,22 @@ from meerkat.errors import MaskError, ModelError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
+from meerkat.models.adapters import adapt, linear_weights, require_peft
 from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
 from meerkat.models.prefix import KeptActivations
 from meerkat.models.quantised import quantise
 from meerkat.progress import Progress
-from meerkat.runs.finding_mask import FoundMask, find_mask
+from meerkat.runs.finding_mask import FoundMask, check_factors, find_mask
 from meerkat.runs.finding_subspace import find_subspace
 from meerkat.spaces.device_noise import place_on, stream_on
 from meerkat.spaces.linear import space_of
-from meerkat.spaces.mask_criteria import decoder_blocks, still_blocks
+from meerkat.spaces.mask_criteria import decoder_blocks, eligible_parameters, still_blocks
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.metrics import metric_names
+from meerkat.zo.noise import permutation
 
 __all__ = ["Assembly", "EncodedExamples", "FoundMask", "assemble"]
 
@@ -111,6 +113,7 @@ class Assembly:
     def found_mask(self) -> FoundMask:
         found = find_mask(self)
         initial = MaskedSpace(self.loaded.model, found.mask).read()
+        check_factors(found.mask, initial, found.path)
         loaded = self.loaded
         mask = replace(
             found.mask,
@@ -207,6 +210,19 @@ class Assembly:
             for part in self.parts
         ]
 
+    def example_batches(self) -> list[list[Encoded]]:
+        """Labelled examples of all clients in batches, for the task mask.
+
+        They are drawn without repetition by `mask.seed`, so there are fewer batches where the
+        clients hold fewer examples.
+        """
+        section, held = self.recipe.mask, sorted(i for part in self.parts for i in part)
+        size = min(section.batch_size, len(held))
+        count = min(section.batches, len(held) // size)
+        order = permutation(section.seed, (2, 2), len(held))[: count * size]
+        examples = EncodedExamples([self.split.train[held[place]] for place in order], self.encoder)
+        return [examples[first : first + size] for first in range(0, count * size, size)]
+
 
 def assemble(
     recipe: Recipe,
@@ -227,6 +243,8 @@ def assemble(
     if recipe.runtime.threads:
         torch.set_num_threads(recipe.runtime.threads)
     make_algorithm(recipe, 1)  # what is wrong with its choices shows before anything is loaded
+    if recipe.mask.kind == "lora":
+        require_peft()
     # Data first: what is wrong with them shows in seconds, a model may take a minute.
     task = resolve_task(recipe.task)
     if data is None:
@@ -236,8 +254,24 @@ def assemble(
         parts = (tuple(range(len(split.train))),)
     progress.start("Loading the model", 1)
     loaded = load_model(recipe.model, recipe.runtime)
+    if recipe.mask.kind == "lora":
+        _adapt(loaded, recipe.mask)
     assembly = Assembly(recipe, loaded, task, split, parts, progress, mask_file)
     _ = assembly.metrics
     _ = assembly.encoder  # the verbalizers are checked here, before a long calibration
     progress.advance()
     return assembly
+
+
+def _adapt(loaded: LoadedModel, section: MaskSection) -> None:
+    """Put LoRA factors into a model; its fingerprint and probe stay those of the base model.
+
+    Here, from the recipe alone, so that whoever has it draws the same factors: an engine's
+    process, each client of a deployment, and what evaluates a run.
+
+    Raises:
+        MaskError: The weights that the recipe names cannot have factors of this rank.
+    """
+    chosen = list(eligible_parameters(loaded.model, section))
+    weights = linear_weights(loaded.model, chosen, named=bool(section.include))
+    adapt(loaded.model, weights, section.lora_rank, section.lora_alpha, section.seed)

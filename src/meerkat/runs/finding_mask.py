@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from meerkat.config import Recipe
 from meerkat.config.schema import without_neutral
 from meerkat.data.corpus import calibration_batches, sequences
+from meerkat.data.encoding import Encoded
 from meerkat.errors import MaskError
+from meerkat.models.adapters import adapter_factors
 from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
 from meerkat.progress import Progress
@@ -27,7 +34,7 @@ from meerkat.spaces.mask_file import Mask, load_mask, save_mask
 from meerkat.spaces.sensitivity import concentration_of, gradient_at, sensitivity_scores
 from meerkat.transport.handshake import same_probe
 
-__all__ = ["Fit", "FoundMask", "Sources", "find_mask"]
+__all__ = ["Fit", "FoundMask", "Sources", "check_factors", "find_mask"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Sources(Protocol):
     @property
     def mask_file(self) -> Path | None: ...
     def client_texts(self) -> list[list[str]]: ...
+    def example_batches(self) -> list[list[Encoded]]: ...
 
 
 def find_mask(sources: Sources) -> FoundMask:
@@ -82,8 +90,13 @@ def find_mask(sources: Sources) -> FoundMask:
         mask = load_mask(path, loaded.fingerprint, loaded.parameters)
         _check_same_model(mask, loaded, path)
         return FoundMask(mask, path)
+    if section.kind == "lora":  # its factors are in the model by now
+        everything = full_mask(adapter_factors(loaded.model), loaded.fingerprint)
+        return FoundMask(replace(everything, kind="lora"))
     parameters = eligible_parameters(loaded.model, section)
     match section.kind:
+        case "task":
+            mask = _by_gradients(sources, _task_loss(sources.objective), sources.example_batches())
         case "magnitude":
             mask = top_mask(magnitude_scores(parameters), section, loaded.fingerprint)
         case "random":
@@ -117,6 +130,23 @@ def _check_same_model(mask: Mask, loaded: LoadedModel, path: Path) -> None:
         )
 
 
+def check_factors(mask: Mask, initial: Float32[np.ndarray, " n"], path: Path | None) -> None:
+    """Does a LoRA mask start from the factors that this recipe draws?
+
+    Args:
+        initial: Those in the model.
+
+    Raises:
+        MaskError: It was made with another seed, or for other weights of the same shapes.
+    """
+    known = mask.kind == "lora" and mask.initial is not None
+    if known and not np.array_equal(mask.initial, initial):  # type: ignore[arg-type]
+        raise MaskError(
+            f"mask {path} starts from other LoRA factors than this recipe; put mask.seed and "
+            "mask.include back, or calibrate again"
+        )
+
+
 def _cached(sources: Sources) -> FoundMask:
     """The sensitivity mask, found again by model, corpus and settings."""
     section, loaded = sources.recipe.mask, sources.loaded
@@ -134,13 +164,26 @@ def _cached(sources: Sources) -> FoundMask:
 
 def _sensitive(sources: Sources, texts: Sequence[str] | None) -> Mask:
     """By pre-training gradients over the recipe's corpus, or these texts (method.md section 2)."""
+    section, tokenizer = sources.recipe.mask, sources.loaded.tokenizer
+    if texts is None:
+        batches = calibration_batches(section, tokenizer)
+    else:
+        batches = sequences(texts, section, tokenizer, fewer=True)
+    return _by_gradients(sources, sources.objective.pretraining_loss, batches)
+
+
+def _task_loss(objective: TextObjective) -> Callable[[list[Encoded]], Tensor]:
+    """Labelled examples → their mean loss, with its graph."""
+    return lambda examples: torch.cat(list(objective.losses_with_graph(examples))).mean()
+
+
+def _by_gradients(
+    sources: Sources, loss: Callable[[Any], Tensor], batches: Sequence[Any] | Tensor
+) -> Mask:
+    """The largest scores of these batches, with p, the mean of their gradients."""
     section, loaded, progress = sources.recipe.mask, sources.loaded, sources.progress
     parameters = eligible_parameters(loaded.model, section)
-    if texts is None:
-        batches = calibration_batches(section, loaded.tokenizer)
-    else:
-        batches = sequences(texts, section, loaded.tokenizer, fewer=True)
-    passes, loss = sources.recipe.runtime.mask_passes, sources.objective.pretraining_loss
+    passes = sources.recipe.runtime.mask_passes
     progress.start("Calibrating the mask", len(batches) * passes)
     found = sensitivity_scores(loss, parameters, batches, section, passes == 1, progress.advance)
     mask = top_mask(found.scores, section, loaded.fingerprint)

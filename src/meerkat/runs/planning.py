@@ -7,6 +7,7 @@ passes, which loads model and data, also the time that the run will take here.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from functools import cached_property
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from meerkat.config import Recipe
+from meerkat.config import MaskSection, Recipe
+from meerkat.models.adapters import factor_shapes, linear_weights
 from meerkat.models.compute import computes_in_float32
 from meerkat.models.loading import choose_device, empty_model
 from meerkat.models.quantised import GROUP
@@ -50,6 +53,8 @@ __all__ = ["Plan", "plan_run"]
 _REPEATS = 5
 _BACKWARD = 3
 """A forward and a backward pass, in forward passes: the backward one takes about two."""
+_MEASURED = ("sensitivity", "task")
+"""Kinds of mask with scores, and p, by gradients of one pass over its batches."""
 _EMPTY, _ROUND, _ROW = 60_000, 350, 20
 """What SQLite, header and evaluations, a round, and a report take in a journal beside what is
 counted; as seen."""
@@ -79,7 +84,7 @@ class _Planner:
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
         self._empty = empty_model(recipe.model, recipe.runtime)
-        self._eligible = eligible_parameters(self._empty, recipe.mask)
+        self._eligible = _shapes_of_eligible(self._empty, recipe.mask)
         _, self._blocks = decoder_blocks(self._empty)
         chosen = recipe.optimizer.estimator
         self._estimator: Estimator = build(
@@ -89,7 +94,7 @@ class _Planner:
 
     @cached_property
     def model(self) -> ModelFigures:
-        recipe, eligible = self._recipe, sum(p.numel() for p in self._eligible.values())
+        recipe, eligible = self._recipe, sum(map(math.prod, self._eligible.values()))
         masked = self._masked(eligible)
         still = still_blocks(self._empty, list(self._eligible))
         return ModelFigures(
@@ -107,9 +112,9 @@ class _Planner:
 
     @property
     def _calibrated(self) -> bool:
-        """Is the mask found by pre-training gradients?"""
+        """Is the mask found by gradients?"""
         mask = self._recipe.mask
-        return mask.file is None and mask.kind in ("sensitivity", "union")
+        return mask.file is None and mask.kind in (*_MEASURED, "union")
 
     @property
     def _texts(self) -> int:
@@ -121,10 +126,11 @@ class _Planner:
         section = self._recipe.mask
         if section.file is not None:
             return load_mask(section.file).size
-        if section.kind == "full":
+        if section.kind in ("full", "lora"):
             return eligible
-        if section.scope == "tensor" and section.kind in ("sensitivity", "magnitude"):
-            return sum(mask_size(section.density, p.numel()) for p in self._eligible.values())
+        if section.scope == "tensor" and section.kind in (*_MEASURED, "magnitude"):
+            sizes = map(math.prod, self._eligible.values())
+            return sum(mask_size(section.density, size) for size in sizes)
         found = mask_size(section.density, eligible)
         if section.kind == "union":
             return min(eligible, found * self._recipe.federation.clients)
@@ -182,7 +188,7 @@ class _Planner:
         """Coordinates, their initial values, p where it is measured, and B in bfloat16."""
         n, model = self.model.masked, self.model
         listed = 0 if n == model.eligible else 4
-        measured = 4 if self._recipe.mask.kind in ("sensitivity", "union") else 0
+        measured = 4 if self._recipe.mask.kind in (*_MEASURED, "union") else 0
         return n * (listed + 4 + measured) + 2 * n * self._dimensions
 
     @property
@@ -205,9 +211,9 @@ class _Planner:
         tokens *= self._copies(tokens)
         exact = self._activations(tokens, kept=True) if self._exact else 0
         activations = width * max(exact, self._activations(tokens, kept=False))
-        sequences = mask.batch_size * mask.sequence_length
+        sequences = mask.batch_size * self._calibrated_length
         scores = 4 * self.model.eligible * (2 if recipe.runtime.mask_passes == 1 else 1)
-        logits = 8 * sequences * self._vocabulary
+        logits = 0 if mask.kind == "task" else 8 * sequences * self._vocabulary
         backward = width * self._activations(sequences, kept=True) + logits
         scores_of_texts = 4 * n * self._texts
         if scores_of_texts > IN_MEMORY:
@@ -224,13 +230,17 @@ class _Planner:
         )
 
     def _weights(self, width: int) -> int:
-        """Codes and scales of matrices in few bits; what moves is counted with the space."""
-        kept = self._recipe.runtime.weights
+        """Codes and scales of matrices in few bits; what moves is counted with the space.
+
+        What moves as a whole is in the model as well: LoRA factors, and all that a full mask has.
+        """
+        kept, kind = self._recipe.runtime.weights, self._recipe.mask.kind
+        found = 4 * self.model.masked if kind == "lora" else 0
+        whole = self._eligible if kind == "full" else {}
         if kept == "stored":
-            return self.model.parameters * width
-        found = 0
-        for parameter in self._empty.parameters():
-            if parameter.ndim != 2:
+            return found + self.model.parameters * width
+        for name, parameter in self._empty.named_parameters():
+            if parameter.ndim != 2 or name in whole:
                 found += width * parameter.numel()
             elif kept == "int8":
                 found += parameter.numel() + 4 * len(parameter)
@@ -244,7 +254,7 @@ class _Planner:
         Masks by score are taken to lie in few rows and columns, as those seen so far do.
         """
         recipe, runtime = self._recipe, self._recipe.runtime
-        written = recipe.mask.file is None and recipe.mask.kind in ("random", "full")
+        written = recipe.mask.file is None and recipe.mask.kind in ("random", "full", "lora")
         exact = recipe.optimizer.estimator.kind in ("backward", "forward-mode")
         if written or exact or runtime.compile:
             return 1
@@ -255,6 +265,12 @@ class _Planner:
     @property
     def _longest(self) -> int:
         return self._recipe.task.max_length
+
+    @property
+    def _calibrated_length(self) -> int:
+        """Tokens of a sequence, or of an example, that the mask is found by."""
+        mask = self._recipe.mask
+        return self._longest if mask.kind == "task" else mask.sequence_length
 
     @property
     def _vocabulary(self) -> int:
@@ -311,9 +327,11 @@ class _Planner:
         a_step = a_step * (1 - kept) + kept
         a_step += (backward - 1) * passes.backward_a_step / size * (1 - kept)
         mask = recipe.mask
-        of_mask = mask.batches * mask.batch_size * mask.sequence_length * recipe.runtime.mask_passes
-        # In calibration each token has a row of logits over the whole vocabulary.
-        a_token = backward * forward / tokens * self._with_head
+        of_mask = mask.batches * mask.batch_size * self._calibrated_length
+        of_mask *= recipe.runtime.mask_passes
+        a_token = backward * forward / tokens
+        if mask.kind != "task":  # each token has a row of logits over the whole vocabulary
+            a_token *= self._with_head
         of_texts = self._texts + (EXAMPLES if asks(recipe) else 0)
         steps = passes.training / passes.forward_a_step
         return TimeFigures(
@@ -331,6 +349,15 @@ class _Planner:
         blocks = sum(parameter.numel() for parameter in self._blocks.parameters())
         head = self._empty.get_output_embeddings().weight.numel()
         return (blocks + head) / blocks
+
+
+def _shapes_of_eligible(model: PreTrainedModel, mask: MaskSection) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that a mask may choose from: weights, or the LoRA factors beside them."""
+    shapes = {name: tuple(p.shape) for name, p in eligible_parameters(model, mask).items()}
+    if mask.kind != "lora":
+        return shapes
+    weights = linear_weights(model, list(shapes), named=bool(mask.include))
+    return dict(factor_shapes({name: shapes[name] for name in weights}, mask.lora_rank))
 
 
 def _median(work: Callable[[], object]) -> float:

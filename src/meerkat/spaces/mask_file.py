@@ -244,9 +244,20 @@ def _check_parameters(
 ) -> None:
     if len(names) != len(shapes) or len(set(names)) != len(names):
         raise ValueError("its names and shapes do not agree")
+    of_adapters, adapted = any(map(_is_factor, names)), any(map(_is_factor, parameters))
+    if of_adapters != adapted:
+        raise MaskError(
+            f"the mask's tensors are {'' if of_adapters else 'no '}LoRA factors, and mask.kind = "
+            f"'lora' is {'' if adapted else 'not '}what the recipe says; set it to what the mask "
+            "was made with, or calibrate again"
+        )
     for name, shape in zip(names, shapes, strict=True):
         if parameters.get(name) != shape:
             raise ValueError(f"its tensor {str(name)[:80]} {shape} is not in the model")
+
+
+def _is_factor(name: object) -> bool:
+    return isinstance(name, str) and (".lora_A." in name or ".lora_B." in name)
 
 
 def _check_form(mask: Mask) -> None:

@@ -1,4 +1,4 @@
-"""Corpus → scores and the pre-training gradient, by one backward pass a batch."""
+"""Batches → scores and their mean gradient, by one backward pass a batch."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ __all__ = [
 ]
 
 
-PretrainingLoss: TypeAlias = Callable[[Tensor], Tensor]
-"""A batch of the corpus → its loss, with the graph for a backward pass."""
+BatchLoss: TypeAlias = Callable[[Any], Tensor]
+"""A batch of the corpus, or of labelled examples → its loss, with the graph for a backward pass."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Sensitivity of a model's parameters to the pre-training loss (method.md section 2)."""
+    """Sensitivity of a model's parameters to a loss, which in the method is that of pre-training
+    (method.md section 2)."""
 
     scores: Mapping[str, Tensor]
     """score_j of each eligible parameter, float32 on the CPU."""
     gradients: Mapping[str, Tensor] | None
     """Mean gradient of each, where it was kept; else `gradient_at` reads the corpus again."""
     losses: tuple[float, ...]
-    """Language-model loss of each batch."""
+    """Loss of each batch."""
 
 
 def sensitivity_scores(
-    loss: PretrainingLoss,
+    loss: BatchLoss,
     parameters: Mapping[str, nn.Parameter],
-    batches: Sequence[Tensor] | Tensor,
+    batches: Sequence[Any] | Tensor,
     section: MaskSection,
     keep_gradients: bool = True,
     advance: Callable[[], None] = lambda: None,
@@ -78,9 +79,9 @@ def sensitivity_scores(
 
 
 def gradient_at(
-    loss: PretrainingLoss,
+    loss: BatchLoss,
     parameters: Mapping[str, nn.Parameter],
-    batches: Sequence[Tensor] | Tensor,
+    batches: Sequence[Any] | Tensor,
     mask: Mask,
     sensitivity: Sensitivity,
     advance: Callable[[], None] = lambda: None,
