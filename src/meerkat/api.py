@@ -295,6 +295,8 @@ def evaluate(
     else:
         raise RunError(f"{target} is no run directory; to evaluate a model give --recipe as well")
     changes = [] if is_run else [f"model.name={json.dumps(str(target))}"]
+    if is_run:  # with another recipe's task, too, the model has the factors of the run
+        parsed = parsed.model_copy(update={"mask": recipe_of(directory).mask})
     # A run has a mask of its own, however it was found.
     mask_file = mask_path(directory) if is_run else None
     assembly = assemble(_recipe(parsed, changes), progress, mask_file=mask_file)
@@ -321,18 +323,28 @@ def export(
     to: str | Path,
     delta: bool = False,
     rounds: Rounds = None,
+    peft: bool = False,
 ) -> Path:
-    """Write a run's model: merged, or as a sparse delta for `apply_delta`.
+    """Write a run's model: merged, as a sparse delta for `apply_delta`, or as peft's adapter.
 
     Args:
+        peft: Write the factors of a run with `mask.kind = "lora"`, which
+            `peft.PeftModel.from_pretrained` loads over the base model.
         rounds: As `evaluate`.
 
     Raises:
         MeerkatError: There is no such run, its base model changed, or `to` exists.
     """
+    if delta and peft:
+        raise RunError("--delta and --peft exclude each other: take one")
     with needed_extra("train"):
         from meerkat.models.loading import load_model
-        from meerkat.runs.export import save_delta, save_merged
+        from meerkat.runs.export import (
+            save_delta,
+            save_factors,
+            save_merged,
+            save_merged_factors,
+        )
     directory, to = Path(directory), Path(to)
     with closing(open_journal(directory)) as journal:
         header, done = journal.header, wanted_rounds(journal, rounds)
@@ -342,6 +354,9 @@ def export(
         save_delta(mask, mask.weights(theta), to)
         return to
     recipe = recipe_of(directory)
+    if peft:
+        save_factors(mask, theta, recipe.mask.lora_alpha, recipe.model.name, to)
+        return to
     # What is written has the type of the run's weights, whatever this machine computes in.
     stored = recipe.runtime.model_copy(update={"compute": "stored"})
     loaded = load_model(recipe.model, stored)
@@ -350,7 +365,10 @@ def export(
             f"model.name = {recipe.model.name!r} is not the model that the run began with "
             f"(fingerprint {loaded.fingerprint[:12]}, journal {header.model[:12]}); restore it"
         )
-    save_merged(loaded, mask, mask.weights(theta), to)
+    if mask.kind == "lora":
+        save_merged_factors(loaded, mask, theta, recipe.mask.lora_alpha, to)
+    else:
+        save_merged(loaded, mask, mask.weights(theta), to)
     return to
 
 

@@ -325,11 +325,15 @@ def export(
         typer.Option("--delta", help="Only the changed parameters, for `meerkat.apply_delta`."),
     ] = False,
     rounds: RoundOption = None,
+    peft: Annotated[
+        bool,
+        typer.Option("--peft", help="Only the factors of a LoRA run, as a folder for peft."),
+    ] = False,
 ) -> None:
-    """Write the fine-tuned model, for plain transformers, or as a small delta of its base."""
+    """Write the fine-tuned model, for plain transformers, or what is new of it in small."""
     from meerkat import api
 
-    written = api.export(directory, to, delta, rounds)
+    written = api.export(directory, to, delta, rounds, peft)
     size = sum(path.stat().st_size for path in [written, *written.rglob("*")] if path.is_file())
     console.print(f"wrote {written} ({size / 1e6:.1f} MB)")
 

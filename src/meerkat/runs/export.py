@@ -1,4 +1,4 @@
-"""Export of a run's θ: a merged Hugging Face model, or a sparse delta of its base model."""
+"""Export of a run's θ: a merged Hugging Face model, a sparse delta of its base, LoRA factors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from meerkat.errors import MaskError, ModelError, RunError
+from meerkat.models.adapters import merge, save_adapter
 from meerkat.models.loading import LoadedModel, fingerprint
 from meerkat.spaces.mask_file import Mask, check_format
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.zo.state import Theta
 
-__all__ = ["apply_delta", "save_delta", "save_merged"]
+__all__ = ["apply_delta", "save_delta", "save_factors", "save_merged", "save_merged_factors"]
 
 _FORMAT, _VERSION = "meerkat-delta", 1
 
@@ -29,8 +30,7 @@ def save_merged(loaded: LoadedModel, mask: Mask, theta: Theta, folder: Path) -> 
     Raises:
         RunError: The folder exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"--to {folder}: it exists and is not an empty folder; choose another")
+    _check_empty(folder)
     space = MaskedSpace(loaded.model, mask)
     space.write(theta)
     try:
@@ -40,12 +40,65 @@ def save_merged(loaded: LoadedModel, mask: Mask, theta: Theta, folder: Path) -> 
         space.restore()
 
 
+def save_merged_factors(
+    loaded: LoadedModel, mask: Mask, theta: Theta, alpha: float, folder: Path
+) -> None:
+    """Write model and tokenizer with W + (α/r) B A in the place of each W, as `save_merged`.
+
+    Args:
+        loaded: The base model, without adapters; it stays merged.
+
+    Raises:
+        RunError: The folder exists and is not empty.
+    """
+    _check_empty(folder)
+    merge(loaded.model, _factors(mask, theta), alpha)
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def save_factors(mask: Mask, theta: Theta, alpha: float, base: str, folder: Path) -> None:
+    """Write the factors of a LoRA run as peft's adapter of its base model.
+
+    Raises:
+        RunError: The run has no factors, the folder is not empty, or peft is not installed.
+    """
+    if mask.kind != "lora":
+        raise RunError(
+            f"--peft: this run moved the weights of a {mask.kind} mask, not LoRA factors; leave it "
+            "out, or take --delta for a small file"
+        )
+    _check_empty(folder)
+    save_adapter(_factors(mask, theta), alpha, base, folder)
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"--to {folder}: it exists and is not an empty folder; choose another")
+
+
+def _factors(mask: Mask, theta: Theta) -> dict[str, np.ndarray]:
+    """θ of a LoRA mask as its tensors, which it moves as a whole; copies of their own."""
+    ends = np.cumsum([len(indices) for indices in mask.indices])[:-1]
+    return {
+        name: part.reshape(shape)
+        for name, shape, part in zip(
+            mask.names, mask.shapes, np.split(theta.copy(), ends), strict=True
+        )
+    }
+
+
 def save_delta(mask: Mask, theta: Theta, path: Path) -> None:
     """Write the masked coordinates and their values: 8 bytes for each.
 
     Raises:
-        RunError: The file exists.
+        RunError: The file exists, or what moved is not in the base model.
     """
+    if mask.kind == "lora":
+        raise RunError(
+            "--delta: LoRA factors are no weights of the base model, so nothing of it could be "
+            "written; take --peft for a folder with the factors alone"
+        )
     if path.exists():
         raise RunError(f"--to {path}: it exists; choose another file")
     arrays: dict[str, np.ndarray] = {"theta": theta}
