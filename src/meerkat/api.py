@@ -295,8 +295,10 @@ def evaluate(
     else:
         raise RunError(f"{target} is no run directory; to evaluate a model give --recipe as well")
     changes = [] if is_run else [f"model.name={json.dumps(str(target))}"]
-    if is_run:  # with another recipe's task, too, the model has the factors of the run
-        parsed = parsed.model_copy(update={"mask": recipe_of(directory).mask})
+    if is_run:
+        own = recipe_of(directory)
+        if "lora" in (own.mask.kind, parsed.mask.kind):  # the model has the factors of the run
+            parsed = parsed.model_copy(update={"mask": own.mask, "subspace": own.subspace})
     # A run has a mask of its own, however it was found.
     mask_file = mask_path(directory) if is_run else None
     assembly = assemble(_recipe(parsed, changes), progress, mask_file=mask_file)

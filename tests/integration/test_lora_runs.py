@@ -174,12 +174,16 @@ def test_a_run_is_evaluated_on_another_recipe(data: dict[str, Any], tmp_path: Pa
     """Whose mask is another: the factors are the run's."""
     run(data, tmp_path / "run")
     task = {"prompt": "{text} This was"}
-    lora, other = (
-        parse_recipe(merged(data, task=task, mask=mask))
-        for mask in ({}, {"kind": "random", "lora_rank": 8, "lora_alpha": 16.0})
-    )
-    found = meerkat.evaluate(tmp_path / "run", recipe=lora)
-    assert meerkat.evaluate(tmp_path / "run", recipe=other).metrics == found.metrics
+    plain = {"kind": "random", "lora_rank": 8, "lora_alpha": 16.0}
+    lora = parse_recipe(merged(data, task=task))
+    other = parse_recipe(merged(data, task=task, mask=plain))
+    inside = parse_recipe(merged(data, task=task, mask=plain, subspace={"kind": "random"}))
+    found = meerkat.evaluate(tmp_path / "run", recipe=lora).metrics
+    assert meerkat.evaluate(tmp_path / "run", recipe=other).metrics == found
+    assert meerkat.evaluate(tmp_path / "run", recipe=inside, examples=20).metrics == found
+    run(data, tmp_path / "plain", mask=plain)
+    expected = meerkat.evaluate(tmp_path / "plain", recipe=other).metrics
+    assert meerkat.evaluate(tmp_path / "plain", recipe=lora).metrics == expected != found
 
 
 # Settings
