@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from meerkat.comparison.cells import groups_of
 from meerkat.comparison.grid import load_grid
+from meerkat.comparison.methods import METHODS
 from meerkat.tasks import resolve_task
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -31,6 +34,24 @@ def test_every_cell_is_valid(path: Path) -> None:
             assert cell.recipe.federation.rounds >= 1
             count += 1
     assert count >= 5 * len(grid.points)
+
+
+def test_the_grid_of_the_documentation_is_valid(tmp_path: Path) -> None:
+    text = (ROOT.parent / "docs" / "comparing.md").read_text("utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "grid.toml").write_text(block, "utf-8")
+    shutil.copy(ROOT / "comparison" / "base.toml", tmp_path)
+    grid, data = load_grid(tmp_path / "grid.toml")
+    cells = [cell for group in groups_of(grid, data) for cell in group.search]
+    assert {cell.recipe.optimizer.rule.kind for cell in cells} == {"sgd", "momentum"}
+
+
+def test_the_documentation_names_every_method() -> None:
+    text = (ROOT.parent / "docs" / "comparing.md").read_text("utf-8")
+    named = set(re.findall(r"`([a-z-]+)`", text))
+    left_out = {"-masked", "-lora"}
+    for name in METHODS:
+        assert {name, *(name.removesuffix(end) for end in left_out)} & named, name
 
 
 def test_the_papers_grids_have_its_models_tasks_and_steps() -> None:
