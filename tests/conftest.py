@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
-from builders import WORDS, tiny_model
+from builders import WORDS, save_tiny_model
 
 from meerkat.config import Recipe, parse_recipe
 
@@ -22,11 +22,7 @@ from meerkat.config import Recipe, parse_recipe
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama saved as a folder, as a user would have it."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    loaded = tiny_model("llama")
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import merged
+from builders import merged, save_tiny_model
 
 import meerkat
 from meerkat.comparison.cells import groups_of
@@ -15,6 +16,7 @@ from meerkat.comparison.comparing import Comparison
 from meerkat.comparison.grid import load_grid
 from meerkat.comparison.running import make_cell
 from meerkat.errors import RunError
+from meerkat.tasks.registry import TASKS
 
 GRID = """
 recipe = "base.json"
@@ -120,3 +122,59 @@ def test_a_mask_of_density_one_is_full_fedzo(
         assert summary["mask_size"] == summary["eligible_parameters"]
         digests.add(summary["state_digest"])
     assert len(digests) == 1
+
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "sst2": ("sentence",),
+    "ag_news": ("text",),
+    "yelp": ("text",),
+    "boolq": ("passage", "question"),
+    "rte": ("premise", "hypothesis"),
+    "wsc": ("text", "span1_text", "span2_text"),
+    "wic": ("word", "sentence1", "sentence2"),
+}
+"""Of the hub's data sets, beside the label."""
+
+
+def hub_like(folder: Path, task: str, splits: dict[str, int]) -> Path:
+    """Files of a task's columns, a text of its own in each row."""
+    labels = len(TASKS[task].label_names)
+    folder.mkdir()
+    for number, (name, rows) in enumerate(splits.items()):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*COLUMNS[task], "label"])
+            for row in range(rows):
+                text = f"{('good', 'bad')[row % 2]} thing {number} {row}"
+                writer.writerow([*(f"{text} {column}" for column in COLUMNS[task]), row % labels])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("task", COLUMNS)
+def test_a_step_of_the_papers_grid_on_a_tiny_model(
+    tiny_recipe_data: dict[str, Any], tmp_path: Path, task: str, architecture: str
+) -> None:
+    """The recipe of a cell, with local files of the hub's columns, and a model of two layers."""
+    path = Path(__file__).parents[2] / "recipes" / "paper" / "methods.toml"
+    grid, data = load_grid(path)
+    case = (architecture, task.replace("_", ""))
+    group = next(g for g in groups_of(grid, data) if (g.method, g.case) == ("meerkat", case))
+    cell = group.chosen(1e-3)[0].recipe.model_dump(mode="json", exclude_defaults=True)
+    tested = TASKS[task].test_split
+    assert tested is not None
+    source = hub_like(tmp_path / "data", task, {"train": 200, tested: 40})
+    size = {"max_position_embeddings": 512, "vocab_size": 512}
+    model = save_tiny_model(tmp_path / "model", architecture, TASKS[task].verbalizers, **size)
+    changes: dict[str, Any] = {
+        "model": {"name": str(model)},
+        "mask": {**tiny_recipe_data["mask"], "corpus_config": None},
+        "task": {"source": str(source), "source_config": None, "validation_split": "train[:30]"},
+        "federation": {"rounds": 1, "local_steps": 1, "clients": 3},
+        "evaluation": {"examples": 20, "validation": 20, "every": 0},
+        "runtime": tiny_recipe_data["runtime"],
+    }
+    summary = meerkat.run(meerkat.parse_recipe(merged(cell, **changes)), tmp_path / "run")
+    assert summary["rounds"] == 1
+    assert {"validation_accuracy", "accuracy"} <= summary["after"].keys()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,12 @@ def tiny_config(architecture: str, **changes: object) -> transformers.PreTrained
                 **{**SIZE, **SMALL, "tie_word_embeddings": False, **changes}
             )
         case "qwen2":
-            return transformers.Qwen2Config(**SIZE, **SMALL, tie_word_embeddings=True, **changes)
+            return transformers.Qwen2Config(
+                **{**SIZE, **SMALL, "tie_word_embeddings": True, **changes}
+            )
+        case "gemma2":
+            own = {"sliding_window": 16, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
+            return transformers.Gemma2Config(**{**SIZE, **SMALL, "head_dim": 8, **own, **changes})
         case "gemma3":
             return transformers.Gemma3TextConfig(
                 **SIZE, **SMALL, head_dim=8, **{"sliding_window": 16, **changes}
@@ -106,6 +112,22 @@ def tiny_model(
                 parameter.mul_(5)
     model = model.eval().requires_grad_(False)
     return LoadedModel(model, tiny_tokenizer(), fingerprint(model), f"tiny-{architecture}")
+
+
+def save_tiny_model(
+    folder: Path, architecture: str = "llama", answers: Sequence[str] = (), **changes: Any
+) -> Path:
+    """Model and tokenizer as a user would have them.
+
+    Args:
+        answers: Words that are to be one token each, besides those of `WORDS`.
+    """
+    loaded = tiny_model(architecture, **changes)
+    loaded.model.save_pretrained(folder)
+    vocabulary = changes.get("vocab_size", SIZE["vocab_size"])
+    tokenizer = tiny_tokenizer(vocabulary, " ".join([WORDS, *answers]))
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 # Recipes

@@ -70,11 +70,11 @@ class Group:
     def _cell(self, name: str, rate: float | str, seed: int) -> Cell:
         grid, method = self.grid, self.grid.found(self.method)
         settings = {
+            "evaluation.validation": grid.search.validation,
             **grid.settings,
             **self.case_settings,
             **method.settings,
             "optimizer.learning_rate": rate,
-            "evaluation.validation": grid.search.validation,
             "seed": seed,
         }
         where = f"{self.name}/{name}"

@@ -29,7 +29,8 @@ class Search(Section):
     seed: Seed = 0
     """Of the runs that are searched with; none of `seeds`."""
     validation: Count = 256
-    """Held-out examples to choose by, none of which is tested on."""
+    """Held-out examples to choose by, none of which is tested on; a case may set its own
+    `evaluation.validation`."""
     rates: dict[str, tuple[Rate, ...]] = Field(default_factory=dict)
     """By method, in place of those that it is registered with."""
 

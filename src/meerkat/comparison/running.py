@@ -5,6 +5,7 @@ Killed at any moment, a comparison goes on where the journals of its cells end.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -68,9 +69,12 @@ def make_cell(cell: Cell, out: Path, threads: int) -> None:
         else:
             start_run(recipe, directory, RunObserver(), Progress())
     except DivergedError as error:
+        directory.mkdir(parents=True, exist_ok=True)
         scratch = directory / (_DIVERGED + ".part")
         scratch.write_text(json.dumps({"error": str(error)}) + "\n", "utf-8")
         scratch.replace(directory / _DIVERGED)
+    finally:
+        gc.collect()  # a model is in cycles; the next cell of this process loads its own
 
 
 def make_all(
