@@ -20,7 +20,7 @@ from meerkat.tasks.registry import TASKS
 
 GRID = """
 recipe = "base.json"
-methods = ["meerkat", "aligned", "feddyn", "scaffold-masked", "fast"]
+methods = ["meerkat", "aligned", "feddyn", "fedavg-lora", "fast"]
 passes = 256
 seeds = [1, 2]
 evaluations = 2
@@ -30,7 +30,7 @@ validation = 8
 [search.rates]
 meerkat = [1e-3, 1e-2]
 feddyn = [1e-3]
-scaffold-masked = [1e-3]
+fedavg-lora = [1e-3]
 [method.fast]
 title = "far too fast"
 rates = [1e30, 1e31]
@@ -62,11 +62,11 @@ def test_a_whole_comparison(grid: Path, tmp_path: Path) -> None:
     assert [(row.case, row.method) for row in found.rows] == [
         ((case,), method)
         for case in ("T = 1", "T = 2")
-        for method in ("zero-shot", "meerkat", "aligned", "feddyn", "scaffold-masked", "fast")
+        for method in ("zero-shot", "meerkat", "aligned", "feddyn", "fedavg-lora", "fast")
     ]
     by_name = {(row.case[0], row.method): row for row in found.rows}
     for case in ("T = 1", "T = 2"):
-        for method in ("meerkat", "aligned", "feddyn", "scaffold-masked"):
+        for method in ("meerkat", "aligned", "feddyn", "fedavg-lora"):
             row = by_name[case, method]
             assert row.score is not None
             assert (row.score.count, row.diverged) == (2, 0)

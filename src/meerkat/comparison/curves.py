@@ -15,6 +15,8 @@ from meerkat.reporting.figure import BLUE, LABEL_COLOURS, VERMILLION, Figure, Ro
 __all__ = ["figures_of"]
 
 _HEIGHT = 320
+_DASHES = ([1, 0], [6, 3], [2, 2])
+"""Of lines that have the same colour."""
 _AXES: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
     ("rounds", "rounds", lambda point: point.round),
     ("bytes", "bytes of a client, up and down", lambda point: point.bytes_up + point.bytes_down),
@@ -65,15 +67,24 @@ def _rows(group: GroupOutcome, position: Callable[[Point], float]) -> Rows:
 def _figure(name: str, heading: str, title: str, rows: Rows, logarithmic: bool) -> Figure:
     names = list(dict.fromkeys(row["method"] for row in rows))
     colours = list(dict.fromkeys((VERMILLION, BLUE, *LABEL_COLOURS)))
-    scale = alt.Scale(domain=names, range=[colours[i % len(colours)] for i in range(len(names))])
-    along = alt.Scale(type="log") if logarithmic else alt.Scale()
+    laps = [place // len(colours) for place in range(len(names))]  # of the colours
+    legend = alt.Legend(orient="bottom", columns=3, labelLimit=200, symbolType="stroke")
+    along = alt.Scale(type="log", nice=False) if logarithmic else alt.Scale(nice=False)
     base = alt.Chart(alt.Data(values=rows)).encode(
         x=alt.X("x:Q", title=title, scale=along, axis=alt.Axis(format="~s", tickCount=6)),
         color=alt.Color(
             "method:N",
             title=None,
-            scale=scale,
-            legend=alt.Legend(orient="bottom", columns=3, labelLimit=200),
+            legend=legend,
+            scale=alt.Scale(
+                domain=names, range=[colours[i % len(colours)] for i in range(len(names))]
+            ),
+        ),
+        strokeDash=alt.StrokeDash(
+            "method:N",
+            title=None,
+            legend=legend,
+            scale=alt.Scale(domain=names, range=[_DASHES[lap % len(_DASHES)] for lap in laps]),
         ),
     )
     values = alt.Y("y:Q", title=rows[0]["metric"], scale=alt.Scale(zero=False))

@@ -89,7 +89,9 @@ def _row(cells: Sequence[str]) -> str:
 def _escaped(text: str) -> str:
     for sign in "&%$#_":
         text = text.replace(sign, f"\\{sign}")
-    return text.replace("±", "$\\pm$").replace("η", "$\\eta$").replace("−", "$-$")
+    for sign, written in {"<": "$<$", "±": "$\\pm$", "η": "$\\eta$"}.items():
+        text = text.replace(sign, written)
+    return text
 
 
 def as_terminal(rows: Sequence[Row], reference: str) -> Table:
@@ -161,7 +163,9 @@ def _difference(row: Row) -> str:
 
 
 def _p(row: Row) -> str:
-    return "" if row.p is None else f"{row.p:.3f}"
+    if row.p is None:
+        return ""
+    return "<0.001" if row.p < 0.001 else f"{row.p:.3f}"
 
 
 def _spread(found: Spread | None) -> str:
