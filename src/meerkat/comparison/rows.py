@@ -39,35 +39,35 @@ class Cost:
     """Up and down."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """A method in a case."""
+    """A method in a case; without what follows `metrics`, the model before any round."""
 
     case: tuple[str, ...]
     method: str
     title: str
-    rate: float | str | None
-    """None where every run of the search diverged, or where none is used."""
-    edge: bool
-    """Is it the smallest or largest of those tried?"""
-    tried: int
-    """Rates of the search."""
-    diverged: int
-    """Runs of the table that ended early for that."""
     metric: str
-    """The name of what `scores` are."""
+    """The name of what `score` is."""
     metrics: Mapping[str, Spread]
     """After the last round, on the test examples."""
-    difference: float | None
+    rate: float | str | None = None
+    """None where every run of the search diverged."""
+    edge: bool = False
+    """Is it the smallest or largest of those tried?"""
+    tried: int = 0
+    """Rates of the search."""
+    diverged: int = 0
+    """Runs of the table that ended early for that."""
+    difference: float | None = None
     """Of the main metric to the reference, mean over pairs of equal seeds."""
-    p: float | None
+    p: float | None = None
     """Of a paired t-test, two-sided; None of fewer than two pairs, or where all differ alike."""
-    rounds: int
-    passes: float
-    bytes_up: float
-    bytes_down: float
-    cost: Cost | None
-    """None without a target, and for what is before any round."""
+    rounds: int = 0
+    passes: float = 0.0
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+    cost: Cost | None = None
+    """None without a target."""
 
     @property
     def score(self) -> Spread | None:
@@ -116,9 +116,12 @@ def _zero_shot(case: tuple[str, ...], reference: GroupOutcome) -> Row:
     points = [cell.evaluations[0] for cell in reference.cells if cell.evaluations]
     metrics = _metrics(points)
     return Row(
-        case, "zero-shot", ZERO_SHOT, None, False, 0, 0, main_metric(metrics), metrics,
-        None, None, 0, 0, 0.0, 0.0, None,
-    )  # fmt: skip
+        case=case,
+        method="zero-shot",
+        title=ZERO_SHOT,
+        metric=main_metric(metrics),
+        metrics=metrics,
+    )
 
 
 def _row(found: GroupOutcome, reference: GroupOutcome) -> Row:
