@@ -97,10 +97,10 @@ def _escaped(text: str) -> str:
 def as_terminal(rows: Sequence[Row], reference: str) -> Table:
     """All cases in one table: the main metric alone, so that it fits."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")
     metric = rows[0].metric if rows else ""
     for name in ("η", "seeds", metric, f"less {reference}", "p", "passes", "bytes"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for case in dict.fromkeys(row.case for row in rows):
         if case:
             table.add_row(f"[bold]{', '.join(case)}[/bold]")
