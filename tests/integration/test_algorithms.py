@@ -273,6 +273,14 @@ def test_what_a_client_clips_is_what_it_reports(whole: Callable[[str], Whole]) -
             r"algorithm = 'feddyn' goes with optimizer\.rule = 'sgd' alone",
         ),
         (
+            {"algorithm": "feddyn", "subspace": {"renew_every": 5}},
+            r"algorithm = 'feddyn' goes with subspace\.renew_every = 0 alone",
+        ),
+        (
+            {"algorithm": "feddyn", "optimizer": {"estimator": "forward-mode"}},
+            r"algorithm = 'feddyn' needs losses .* 'forward-mode' takes derivatives",
+        ),
+        (
             {"algorithm": "feddyn", "runtime": {"engine": "flower"}},
             r"algorithm = 'feddyn' has clients that carry .* where runtime\.engine = 'local'",
         ),

@@ -14,6 +14,7 @@ import meerkat
 from meerkat.comparison.cells import groups_of
 from meerkat.comparison.comparing import Comparison
 from meerkat.comparison.grid import load_grid
+from meerkat.comparison.outcome import outcome_of
 from meerkat.comparison.running import make_cell
 from meerkat.errors import RunError
 from meerkat.tasks.registry import TASKS
@@ -103,6 +104,30 @@ def test_tables_of_what_is_there(grid: Path, tmp_path: Path) -> None:
     rates = [row.rate for row in found.rows]
     assert len(found.rows) in (1, 2)
     assert rates[-1] in (1e-3, 1e-2)
+
+
+def test_a_calibration_of_clients_is_counted(grid: Path, tmp_path: Path) -> None:
+    """Its passes and its bytes, which the rounds do not have."""
+    changes = [
+        "methods=['meerkat', 'meerkat-vp']",
+        "cases={}",
+        "search.rates.meerkat=[1e-3]",
+        "search.rates.meerkat-vp=[1e-3]",
+        "settings={'selection.calibration_steps'=4}",
+    ]
+    parsed, data = load_grid(grid, changes)
+    group = next(g for g in groups_of(parsed, data) if g.method == "meerkat-vp")
+    cell = group.chosen(1e-3)[0]
+    make_cell(cell, tmp_path, 1)
+    found = outcome_of(cell, tmp_path)
+    assert found is not None
+    summary = json.loads((cell.directory(tmp_path) / "summary.json").read_text())
+    assert summary["calibration_bytes_up"] > 0
+    rounds = summary["rounds"] * summary["bytes_up_per_client_round"]
+    assert found.last.bytes_up == rounds + summary["calibration_bytes_up"] / summary["clients"]
+    steps = summary["rounds"] * summary["local_steps"]
+    assert found.last.passes == 2 * 16 * (4 + steps) <= 256
+    assert (found.evaluations[0].passes, found.evaluations[0].bytes_up) == (0, 0)
 
 
 def test_a_cell_that_cannot_be_made_is_named(grid: Path, tmp_path: Path) -> None:

@@ -265,6 +265,15 @@ def test_where_every_rate_diverged_there_is_a_row_without_figures() -> None:
     assert "all diverged" in as_markdown([row], "meerkat")
 
 
+def test_a_search_that_is_under_way_is_not_called_diverged() -> None:
+    found = example()
+    group = found[2].group
+    half = GroupOutcome(group, (outcome(group.search[0], 0.5, 0.6),), None, ())
+    markdown = as_markdown(rows_of([*found[:2], half])[-1:], "meerkat")
+    assert "being searched" in markdown
+    assert "diverged" not in markdown
+
+
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
 def test_a_method_beside_itself_differs_by_nothing(scores: list[float]) -> None:
     by_seed = dict(enumerate(scores))
@@ -307,7 +316,7 @@ def test_the_tables_have_every_row_and_figure() -> None:
     assert "| Meerkat | 1e-05 | 3 | 0.290 ± 0.010 | 0.710 ± 0.010 |" in markdown
     assert "+0.100 | 0.013 |" in markdown
     assert "2, 1 diverged" in markdown
-    assert "320, 300 (3 runs)" in markdown
+    assert "320, 300 bytes (3 runs)" in markdown
     assert "not reached" in markdown
     read = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert [row["method"] for row in read] == ["zero-shot", "meerkat", "aligned", "fedkseed"]

@@ -18,7 +18,7 @@ from jaxtyping import Float64
 
 from meerkat.algorithms.meerkat import assembled
 from meerkat.algorithms.zeroth_order import ZerothOrder
-from meerkat.config import Choice, Recipe
+from meerkat.config import Recipe
 from meerkat.errors import RecipeError
 from meerkat.federation.messages import ClientReport
 from meerkat.zo.arrays import on_host
@@ -49,23 +49,25 @@ class FedDyn:
         """The algorithm of a recipe, for a state of n values.
 
         Raises:
-            RecipeError: The recipe has a rule of its own, asks for exact reports or for other
-                local steps than T.
+            RecipeError: The recipe has a rule of its own, takes derivatives, asks for other local
+                steps than T, or renews its subspace, in which h_k would stand for nothing.
         """
         optimizer = recipe.optimizer
         for name, value, wanted in (
             ("optimizer.rule", optimizer.rule.kind, "sgd"),
             ("optimizer.exact_clients", list(optimizer.exact_clients), []),
             ("selection.kind", recipe.selection.kind, "none"),
+            ("subspace.renew_every", recipe.subspace.renew_every if recipe.subspace else 0, 0),
         ):
             if value != wanted:
                 raise RecipeError(f"algorithm = 'feddyn' goes with {name} = {wanted!r} alone")
-        if optimizer.estimator.kind == "backward":
+        if optimizer.estimator.kind in ("backward", "forward-mode"):
             raise RecipeError(
-                "algorithm = 'feddyn' needs reports along drawn directions, and "
-                "optimizer.estimator is 'backward'; take another"
+                "algorithm = 'feddyn' needs losses along drawn directions, and "
+                f"optimizer.estimator = {optimizer.estimator.kind!r} takes derivatives; take "
+                "'two-point'"
             )
-        plain = assembled(recipe.model_copy(update={"algorithm": Choice(kind="meerkat")}), n)
+        plain = assembled(recipe, n)
         share = recipe.clients_per_round / recipe.federation.clients
         parts = {found.name: getattr(plain, found.name) for found in fields(plain)}
         parts["rule"] = ServerCorrection(recipe.federation.local_steps, share)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meerkat.comparison.grid import Grid
-from meerkat.comparison.results import FirstOrder
+from meerkat.comparison.results import PASSES, FirstOrder
 from meerkat.config import Recipe, parse_recipe
 from meerkat.config.reading import with_settings
 from meerkat.errors import RecipeError
@@ -16,9 +16,6 @@ from meerkat.registry import build
 from meerkat.zo.estimators import ESTIMATORS
 
 __all__ = ["Cell", "Group", "calibration_passes", "example_passes", "groups_of"]
-
-_FIRST_ORDER_PASSES = 3
-"""Of one example: a forward pass, and a backward pass that counts as two."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def example_passes(recipe: Recipe, bound: FirstOrder | None = None) -> int:
     """
     chosen, steps = recipe.optimizer.estimator, recipe.federation.local_steps
     if bound is not None or chosen.kind == "backward":
-        return _FIRST_ORDER_PASSES * recipe.federation.batch_size * steps
+        return PASSES * recipe.federation.batch_size * steps
     estimator = build(ESTIMATORS, chosen.kind, chosen.options, "optimizer.estimator")
     passes = estimator.forward_passes(recipe.noise.perturbations)
     return passes * recipe.federation.batch_size * steps

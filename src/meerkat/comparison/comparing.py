@@ -16,6 +16,7 @@ from meerkat.comparison.rows import Row, rows_of
 from meerkat.comparison.running import GroupOutcome, make_all, outcome_of_group
 from meerkat.comparison.tables import as_csv, as_latex, as_markdown
 from meerkat.errors import RunError
+from meerkat.models.adapters import require_peft
 from meerkat.progress import Progress
 from meerkat.runs.lock import locked
 
@@ -53,6 +54,8 @@ def compare_methods(
     groups = list(groups_of(grid, data))
     # A cell that is not valid shows before any is made.
     cells = [cell for group in groups for cell in (*group.search, *group.chosen("auto"))]
+    if any(cell.recipe.mask.kind == "lora" for cell in cells):
+        require_peft()
     cores = os.cpu_count() or 1
     jobs = jobs or (1 if torch.cuda.is_available() else max(1, cores // 2))
     with locked(out):

@@ -17,6 +17,7 @@ import numpy as np
 from meerkat.comparison.optimizers import OPTIMIZERS
 from meerkat.comparison.places import Place, place_of
 from meerkat.comparison.results import (
+    PASSES,
     FirstOrder,
     FirstOrderResult,
     Point,
@@ -40,9 +41,6 @@ from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.lock import locked
 
 __all__ = ["run_first_order", "train_first_order"]
-
-_PASSES = 3
-"""Example passes of a gradient: forward, and a backward pass that counts as two."""
 
 
 def run_first_order(
@@ -212,7 +210,7 @@ class _Training:
         batch = client.batch(step)
         parts = self._assembly.objective.losses_with_graph(batch)
         losses, gradient = self._place.gradient(parts, len(batch))
-        self._passes += _PASSES * len(batch)
+        self._passes += PASSES * len(batch)
         self._losses.append(_finite(float(losses.mean()), f"the loss of {where}"))
         return gradient.astype(theta.dtype, copy=False)
 

@@ -83,9 +83,10 @@ def outcome_of(cell: Cell, out: Path) -> Outcome | None:
         return _first_order(cell, directory)
     if not summary_path(directory).exists() or not journal_path(directory).exists():
         return None
+    summary = json.loads(summary_path(directory).read_text("utf-8"))
     with closing(open_journal(directory)) as journal:
-        clients = journal.header.parsed.federation.clients
-        up, down, by_round = 0, 0, [(0, 0)]
+        clients, by_round = summary["clients"], [(0, 0)]
+        up, down = summary["calibration_bytes_up"], summary["calibration_bytes_down"]
         for _, metrics in journal.records():
             up, down = up + metrics.bytes_up, down + metrics.bytes_down
             by_round.append((up, down))

@@ -9,8 +9,18 @@ from typing import Any, Literal
 
 from meerkat.errors import RecipeError, RunError
 
-__all__ = ["FirstOrder", "FirstOrderResult", "Point", "read_result", "result_path", "write_result"]
+__all__ = [
+    "PASSES",
+    "FirstOrder",
+    "FirstOrderResult",
+    "Point",
+    "read_result",
+    "result_path",
+    "write_result",
+]
 
+PASSES = 3
+"""Forward passes that a gradient of one example counts as: forward, and a backward pass of two."""
 _CHOICES = {
     "method": ("central", "fedavg", "fedavgm", "scaffold"),
     "place": ("all", "masked"),

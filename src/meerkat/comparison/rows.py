@@ -51,7 +51,9 @@ class Row:
     metrics: Mapping[str, Spread]
     """After the last round, on the test examples."""
     rate: float | str | None = None
-    """None where every run of the search diverged."""
+    """None where every run of the search diverged, or some are not made yet."""
+    searching: bool = False
+    """Are they not?"""
     edge: bool = False
     """Is it the smallest or largest of those tried?"""
     tried: int = 0
@@ -139,6 +141,7 @@ def _row(found: GroupOutcome, reference: GroupOutcome) -> Row:
         method=group.method,
         title=group.grid.found(group.method).title,
         rate=found.rate,
+        searching=len(found.search) < len(group.search),
         edge=found.at_the_edge,
         tried=len(found.search),
         diverged=len(found.cells) - len(ended),

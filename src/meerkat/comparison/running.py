@@ -39,7 +39,7 @@ class GroupOutcome:
     group: Group
     search: tuple[Outcome, ...]
     rate: float | str | None
-    """That was chosen; None where every run of the search diverged."""
+    """That was chosen; None where every run of the search diverged, or some are not made yet."""
     cells: tuple[Outcome, ...]
 
     @property

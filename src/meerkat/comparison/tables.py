@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from meerkat.comparison.rows import Row, Spread
@@ -148,7 +149,7 @@ def _cells(rows: Sequence[Row], reference: str) -> list[list[str]]:
 
 def _rate(row: Row) -> str:
     if row.rate is None:
-        return "all diverged" if row.tried else ""
+        return "being searched" if row.searching else "all diverged" if row.tried else ""
     text = row.rate if isinstance(row.rate, str) else f"{row.rate:g}"
     return text + ("*" if row.edge else "")
 
@@ -184,15 +185,7 @@ def _to_target(row: Row) -> str:
 
 
 def _bytes(count: float) -> str:
-    """A number of bytes in three figures.
-
-    >>> _bytes(0), _bytes(1430), _bytes(1.2e9)
-    ('0', '1.43 kB', '1.2 GB')
-    """
-    for size, unit in ((1e9, " GB"), (1e6, " MB"), (1e3, " kB")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
+    return decimal(round(count))
 
 
 def _or_blank(value: object) -> object:
