@@ -136,7 +136,25 @@ def make_features(out: Path, changes: Sequence[str] = (), sizes: Sizes = FULL) -
     recipe = load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none", *changes])
     assembly = assemble(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    for name, examples in groups(assembly, sizes).items():
+    _write_groups(assembly, groups(assembly, sizes), out)
+    mask = assembly.found_mask.mask
+    assert mask.gradient is not None, "the demo's mask has p"
+    write_products(out, mask.gradient)
+
+
+def make_plain_features(out: Path, changes: Sequence[str] = ()) -> None:
+    """Write held-out and pool alone, the pool from IID clients: what the plain method needs."""
+    iid = "federation.partition.kind=iid"
+    assembly = assemble(
+        load_recipe(RECIPE, ["model.dtype=float32", "subspace.kind=none", iid, *changes])
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    pool = [e for client in assembly.clients() for e in client.examples[: FULL.held]]
+    _write_groups(assembly, {"held": list(assembly.test[: FULL.held]), "pool": pool}, out)
+
+
+def _write_groups(assembly: Assembly, groups: Mapping[str, list[Encoded]], out: Path) -> None:
+    for name, examples in groups.items():
         path = out / f"{name}.npz"
         if not path.exists():
             rows, scores = gradients(assembly, examples)
@@ -145,9 +163,6 @@ def make_features(out: Path, changes: Sequence[str] = (), sizes: Sizes = FULL) -
                 np.savez(file, gradients=rows, scores=scores, labels=labels)
             (out / f"{name}.part").rename(path)
         print(f"{name}: {len(examples)} examples", flush=True)
-    mask = assembly.found_mask.mask
-    assert mask.gradient is not None, "the demo's mask has p"
-    write_products(out, mask.gradient)
 
 
 def write_products(
