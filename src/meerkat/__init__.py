@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         report,
         resume,
         run,
+        schema,
         split,
     )
     from meerkat.benchmarks import bench
@@ -51,6 +52,7 @@ __all__ = [
     "report",
     "resume",
     "run",
+    "schema",
     "split",
 ]
 

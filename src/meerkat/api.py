@@ -32,6 +32,7 @@ from meerkat.runs.directory import (
 from meerkat.runs.events import Observers, RunObserver
 from meerkat.runs.execution import summary_if_complete
 from meerkat.runs.lock import locked
+from meerkat.runs.recipe_schema import recipe_schema
 from meerkat.runs.trajectories import Gradip, read_gradip
 from meerkat.runs.watching import ProgressObserver, SelectionWriter
 from meerkat.spaces.mask_file import save_mask
@@ -57,6 +58,7 @@ __all__ = [
     "report",
     "resume",
     "run",
+    "schema",
     "split",
 ]
 
@@ -402,6 +404,11 @@ def report(directory: str | Path) -> Path:
         from meerkat.reporting.writing import write_report
     with closing(open_journal(Path(directory))) as journal:
         return write_report(Path(directory), journal)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe (draft 2020-12), which editors complete and check recipes by."""
+    return recipe_schema()
 
 
 def split(recipe: Source, to: str | Path, overrides: Sequence[str] = ()) -> list[Path]:

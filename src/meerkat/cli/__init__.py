@@ -7,6 +7,9 @@ from meerkat.cli import running  # noqa: F401
 
 # isort: split
 from meerkat.cli import results  # noqa: F401
+
+# isort: split
+from meerkat.cli import recipes  # noqa: F401
 from meerkat.cli.application import app, main
 
 __all__ = ["app", "main"]

@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    model_serializer,
+    model_validator,
+)
 
 __all__ = [
     "Choice",
@@ -74,6 +81,14 @@ class Choice(Section):
     @model_serializer
     def _write(self) -> str | dict[str, Any]:
         return {"kind": self.kind, **self.options} if self.options else self.kind
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> Any:
+        """As a recipe writes it, for any name; `runs.recipe_schema` has the registered ones."""
+        scalar = {"type": ["boolean", "number", "string"]}
+        table = {"type": "object", "properties": {"kind": {"type": "string"}}}
+        table |= {"required": ["kind"], "additionalProperties": scalar}
+        return {"anyOf": [{"type": "string"}, table]}
 
 
 class ModelSection(Section):
