@@ -2,13 +2,14 @@
 # make test    install what the tests need, and pass them all
 # make test-fast  the quick unit tests, to run while working
 # make check   lint, format, types, import order, doctests
+# make docs    the documentation site, into build/site
 # A second call installs nothing again.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-fast check clean
+.PHONY: demo test test-fast check docs clean
 
 demo: .venv/demo.stamp
 	@if [ -e runs/demo/recipe.json ]; then \
@@ -28,7 +29,10 @@ check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --doctest-modules src/meerkat
+	$(BIN)/python -m pytest --doctest-modules src/meerkat website/recipe_page.py
+
+docs: .venv/dev.stamp
+	$(BIN)/python website/build.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import options
 from PIL import Image
 from report_checks import check_self_contained, pictures
 
@@ -353,15 +354,10 @@ def test_running_mean_leaves_out_what_is_not_finite():
 @pytest.mark.parametrize("width", [480, 1200])
 def test_browser_shows_it_without_complaint(tmp_path, usual, width):
     picture = tmp_path / "page.png"
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-        "--disable-background-networking --disable-component-update --disable-sync "
-        f"--user-data-dir={tmp_path / 'profile'} --enable-logging=stderr "
-        f"--screenshot={picture} --window-size={width},2600 file://{usual / 'report.html'}"
-    )
-    done = subprocess.run(
-        ["chromium", *options.split()], capture_output=True, text=True, timeout=120
-    )
+    command = ["chromium", *options(tmp_path / "profile"), "--enable-logging=stderr"]
+    command += [f"--screenshot={picture}", f"--window-size={width},2600"]
+    command += [f"file://{usual / 'report.html'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert complaints == []
     with Image.open(picture) as image:
