@@ -1,8 +1,8 @@
 """The plain method on the linear model: all masked coordinates, a Gaussian direction a step.
 
-The score of an example at θ is d + x · (θ - θ_0), with x its gradient at the initial weights. θ moves
-along the steps' directions alone, so x · z of all examples and steps is all that runs with one
-seed need; they differ in T, in who holds what and in who is stopped.
+The score of an example at θ is d + x · (θ - θ_0), with x its gradient at the initial weights. θ
+moves along the directions of the steps alone, so x · z of all examples and steps is all that runs
+with one seed need; they differ in T, in who holds what and in who is stopped.
 """
 
 from __future__ import annotations
