@@ -129,6 +129,21 @@ def balanced(
     return [draw.permutation(part) for part in parts]
 
 
+def rest_iid(
+    labels: np.ndarray, clients: int, singles: Sequence[int], seed: int
+) -> list[np.ndarray]:
+    """As `partition.extreme`: an equal share of one label for each of the last clients, and what
+    is left in IID parts for the first ones."""
+    draw = np.random.default_rng((seed, 5))
+    left = {label: list(draw.permutation(np.flatnonzero(labels == label))) for label in (0, 1)}
+    each, parts = len(labels) // clients, []
+    for label in singles:
+        parts.append(np.array(left[label][:each]))
+        left[label] = left[label][each:]
+    rest = draw.permutation(left[0] + left[1])
+    return [*np.array_split(rest, clients - len(singles)), *parts]
+
+
 def dirichlet(labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
     """Dirichlet parts, drawn again until each client has enough; IID where α is infinite."""
     draw = np.random.default_rng((seed, 3))

@@ -21,6 +21,7 @@ from .plain import (
     Projected,
     balanced,
     dirichlet,
+    rest_iid,
     run,
     single_label,
 )
@@ -65,6 +66,26 @@ def stopping(out: Path) -> None:
                     arms = {name: arm for name, arm in arms.items() if arm.found is None}
                 print(f"  {steps} steps of {batch}, {labels}, T = {local_steps}")
                 _show(prepared, parts, arms)
+
+
+def alternating(out: Path) -> None:
+    """8 clients, 3 of one label in turn and 5 that hold the rest: the first measurement."""
+    world, extreme = PlainWorld(out), (5, 6, 7)
+    for steps, batch in ((80, 4), (300, 8)):
+        prepared = {seed: world.projected(steps, seed) for seed in range(SEEDS)}
+        parts = {s: rest_iid(world.labels, CLIENTS, (s % 2, 1 - s % 2, s % 2), s) for s in prepared}
+        for local_steps in (10, 30):
+            arm = PlainArm(local_steps, steps, batch)
+            stopped = replace(arm, stopped=extreme)
+            arms = {
+                "nobody": arm,
+                "the three of one label": stopped,
+                "two, one of each label": replace(arm, stopped=extreme[:2]),
+                "one of the two of the same label": replace(arm, stopped=extreme[2:]),
+                "the three, weights over all": replace(stopped, over_step=False),
+            }
+            print(f"  {steps} steps of {batch}, T = {local_steps}")
+            _show(prepared, parts, arms)
 
 
 def frequency(out: Path) -> None:
@@ -132,4 +153,4 @@ def _line(name: str, values: np.ndarray, first: np.ndarray | None) -> None:
     print(text, flush=True)
 
 
-TABLES = {"stopping": stopping, "frequency": frequency}
+TABLES = {"alternating": alternating, "stopping": stopping, "frequency": frequency}
