@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import meerkat
 from meerkat.config import parse_recipe
+from meerkat.flower.serving import _label_counts
+from meerkat.runs.directory import holders_of
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,14 @@ def test_a_run_on_a_snapshot(
     data["task"] = {"name": name, "max_length": 384}
     data["federation"]["partition"] = partition
     data["evaluation"]["examples"] = 16
-    summary = meerkat.run(parse_recipe(data), tmp_path / "run", observers=())
+    recipe = parse_recipe(data)
+    summary = meerkat.run(recipe, tmp_path / "run", observers=())
     assert summary["rounds"] == 2
     assert 0 <= summary["after"]["accuracy"] <= 1
     assert summary["state_digest"] == meerkat.replay(tmp_path / "run").digest
+    # Who holds what is written down where clients are their holders, in a simulation alike.
+    holders = holders_of(tmp_path / "run")
+    assert len(holders) == (8 if partition["kind"] == "natural" else 0)
+    assert not holders or holders[0][0] == "Debian Fonts Task Force"
+    _label_counts(recipe, tmp_path / "simulated")
+    assert holders_of(tmp_path / "simulated") == holders

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meerkat.config import Federation, Partition, TaskSection
+from meerkat.config import Federation, Partition, Recipe, TaskSection, parse_recipe
 from meerkat.data import sources
 from meerkat.data.batch_order import batch_indices
+from meerkat.data.clients import client_holders, load_partition
 from meerkat.data.partition import label_counts, partition
 from meerkat.data.sources import Split, load_examples
-from meerkat.errors import DataError
+from meerkat.errors import DataError, RecipeError
 from meerkat.tasks import Example, resolve_task
 from meerkat.tasks.base import FILE_SUFFIXES
 
@@ -114,6 +115,75 @@ def test_a_natural_partition_needs_holders() -> None:
         partition(owned({"a": 9, "b": 9}), chosen, seed=1)
     with pytest.raises(DataError, match=r"clients = 3: .* there are 1; task\.holder names"):
         partition(make_examples(60), chosen, seed=1)
+
+
+def test_a_natural_partition_is_that_of_flwr_datasets_where_each_client_is_a_holder() -> None:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    examples = owned({"d": 3, "a": 40, "b": 25, "c": 12})
+    theirs = NaturalIdPartitioner(partition_by="holder")
+    theirs.dataset = datasets.Dataset.from_dict(
+        {"index": list(range(80)), "holder": [example.holder for example in examples]}
+    )
+    ours = partition(examples, federation(4, "natural"), seed=1)
+    assert theirs.num_partitions == 4
+    assert {frozenset(part) for part in ours} == {
+        frozenset(theirs.load_partition(client)["index"]) for client in range(4)
+    }
+
+
+def natural_recipe(path: Path, clients: int = 3, **chosen: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "model": {"name": "m"},
+            "task": {
+                "name": "custom",
+                "source": str(path),
+                "prompt": "{text}",
+                "verbalizers": {"a": "x", "b": "y"},
+            },
+            "federation": {
+                "clients": clients,
+                "rounds": 1,
+                "partition": {"kind": "natural", "column": "author", **chosen},
+            },
+        }
+    )
+
+
+def authored(path: Path, authors: Sequence[str]) -> Path:
+    rows = [f"text {i},{'ab'[i % 2]},{author}" for i, author in enumerate(authors)]
+    path.write_text("\n".join(["text,label,author", *rows]) + "\n")
+    return path
+
+
+def test_the_partition_names_the_column_of_holders(tmp_path: Path) -> None:
+    path = authored(tmp_path / "rows.csv", [*["Ada"] * 40, *["Cy"] * 30, *"DDDE"])
+    recipe = natural_recipe(path)
+    split, parts = load_partition(recipe, resolve_task(recipe.task))
+    assert client_holders(recipe, split, parts) == [["Ada"], ["Cy"], ["D", "E"]]
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    # Of extreme clients, who take rows of all, nobody is named.
+    recipe = natural_recipe(path, extreme=1)
+    split, parts = load_partition(recipe, resolve_task(recipe.task))
+    assert [bool(held) for held in client_holders(recipe, split, parts)] == [True, True, False]
+    # Other partitions name nobody.
+    iid = parse_recipe(recipe.model_dump(mode="json"), ["federation.partition={kind='iid'}"])
+    split, parts = load_partition(iid, resolve_task(iid.task))
+    assert client_holders(iid, split, parts) == []
+
+
+def test_a_row_without_its_holder_is_named(tmp_path: Path) -> None:
+    path = authored(tmp_path / "rows.csv", ["Ada", "Bo", " ", "Cy"])
+    recipe = natural_recipe(path)
+    with pytest.raises(DataError, match=r"train row 3: column 'author', .* is empty; remove"):
+        load_partition(recipe, resolve_task(recipe.task))
+    wrong = natural_recipe(path, column="writer")
+    with pytest.raises(DataError, match=r"row 1: no column 'writer'; columns: text, label, author"):
+        load_partition(wrong, resolve_task(wrong.task))
+    with pytest.raises(RecipeError, match=r"partition\.column = 'author' goes with .*'natural'"):
+        natural_recipe(path, kind="iid")
 
 
 def test_partition_is_pinned() -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from meerkat.reporting import charts
 from meerkat.reporting.charts import _cells, _split
 from meerkat.reporting.figure import running_mean, thin
 from meerkat.reporting.writing import write_report
+from meerkat.runs.directory import write_holders
 from meerkat.zo.directions import DirectionKey
 from meerkat.zo.log import LogEntry, Update
 from meerkat.zo.state import ModelState
@@ -307,6 +309,31 @@ def test_recipe_of_another_shape(tmp_path):
     page = report(tmp_path, replace(header(), recipe=recipe))
     assert "b.c" in page
     assert "1, 2" in page
+
+
+def test_clients_are_named_by_their_holders(tmp_path):
+    holders = [["Games Team"], [], ["Fonts", "QA", "Med"], ["<b>R & D</b>"]]
+    write_holders(tmp_path, holders)
+    report(tmp_path)
+    picture = (tmp_path / "report/clients.svg").read_text("utf-8")
+    names = ("0 Games Team", "1", "2 Fonts and 2 more", "3 &lt;b&gt;R &amp; D&lt;/b&gt;")
+    for name in names:
+        assert f">{name}</text>" in picture
+    # Without the file, and in a run of more clients than there is room for, they have numbers.
+    report(tmp_path / "many", header(clients=40))
+    write_holders(tmp_path / "many", [[f"team {client}"] for client in range(40)])
+    with closing(Journal.open(tmp_path / "many/journal.sqlite")) as written:
+        numbered = write_report(tmp_path / "many", written)
+    assert "team" not in (numbered.parent / "report/clients.svg").read_text("utf-8")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"holders": [["a"], 3]}', '{"holders": ['])
+def test_damaged_names_are_refused_in_a_line(tmp_path, text):
+    written = journal(tmp_path)
+    (tmp_path / "clients.json").write_text(text)
+    with pytest.raises(RunError, match=r"clients\.json is damaged; remove it"):
+        write_report(tmp_path, written)
+    written.close()
 
 
 def test_directory_that_cannot_be_written(tmp_path):

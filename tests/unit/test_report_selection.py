@@ -579,6 +579,7 @@ def filled(run: Run, text: Callable[[str], str]) -> tuple[Run, list[Figure]]:
         recipe=recipe,
         evaluations=[Evaluated(0, metrics, 400, 1.5)],
         state_digest=text("state"),
+        names=[text(f"name of client {client}") for client in range(run.clients)],
         stopping=replace(run.stopping, last=replace(last, verdicts=verdicts), made=tuple(made)),
     )
     dot = alt.Chart(alt.InlineData(values=[{"x": 1}])).mark_point().encode(x="x:Q")

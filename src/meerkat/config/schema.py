@@ -97,6 +97,12 @@ class Recipe(Section):
                 f"federation.partition.extreme = {extreme} leaves none of federation.clients = "
                 f"{clients} for the partition; lower it, or take kind = 'single-label'"
             )
+        partition = self.federation.partition
+        if partition.column is not None and partition.kind != "natural":
+            raise ValueError(
+                f"federation.partition.column = {partition.column!r} goes with "
+                f"federation.partition.kind = 'natural', which is {partition.kind!r}: leave it out"
+            )
         if self.task.verbalizers is not None and self.task.answer is not None:
             raise ValueError(
                 "task.verbalizers and task.answer exclude each other: verbalizers are for "

@@ -224,6 +224,9 @@ class Partition(Section):
     kind: Literal["iid", "dirichlet", "pathological", "single-label", "natural", "balanced"] = "iid"
     """How the examples are split over the clients. `balanced`: all clients hold equally many, the
     extreme ones included, the others as many of each label; what is left over reaches nobody."""
+    column: Annotated[str | None, Neutral(None)] = None
+    """`natural`: column that says who holds a row, if not `task.holder`. In a simulation the report
+    names clients by it."""
     alpha: Positive = 0.5
     """Concentration of the Dirichlet distribution."""
     labels_per_client: Count = 1

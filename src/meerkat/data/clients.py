@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from meerkat.config import Recipe
@@ -16,6 +18,7 @@ from meerkat.tasks import Example, Task, resolve_task
 
 __all__ = [
     "Parts",
+    "client_holders",
     "client_label_counts",
     "examples_of",
     "held_out_shard",
@@ -36,7 +39,8 @@ def load_partition(recipe: Recipe, task: Task) -> tuple[Split, Parts]:
         DataError: The source is not usable, cannot be split like this, or has too few examples for
             the validation.
     """
-    split = load_examples(task, recipe.task)
+    column = recipe.federation.partition.column
+    split = load_examples(task if column is None else replace(task, holder=column), recipe.task)
     _check_validation(recipe, split)
     return split, partition(split.train, recipe.federation, recipe.seed)
 
@@ -50,6 +54,21 @@ def client_label_counts(task: Task, split: Split, parts: Parts) -> tuple[list[li
             content = [sorted(example.fields.items()), example.label, example.answer]
             digest.update(json.dumps(content, default=str).encode())
     return counts, digest.hexdigest()
+
+
+def client_holders(recipe: Recipe, split: Split, parts: Parts) -> list[list[str]]:
+    """Who holds the rows of each client in a natural partition, those with most rows first.
+
+    Empty in any other partition; extreme clients, who take rows of many, have no holders.
+    """
+    chosen = recipe.federation.partition
+    if chosen.kind != "natural":
+        return []
+    found: list[list[str]] = []
+    for part in parts[: len(parts) - chosen.extreme]:
+        held = Counter(split.train[index].holder for index in part)
+        found.append(sorted(held, key=lambda holder: (-held[holder], holder)))
+    return found + [[] for _ in range(chosen.extreme)]
 
 
 def held_out_shard(recipe: Recipe, split: Split, client: int) -> tuple[Example, ...]:

@@ -132,7 +132,7 @@ def _natural(holders: Sequence[str], federation: Federation) -> list[list[int]]:
     if len(held) < clients:
         raise DataError(
             f"{named}: a natural partition needs at least as many holders of rows, and there are "
-            f"{len(held)}; task.holder names their column"
+            f"{len(held)}; task.holder names their column, or federation.partition.column"
         )
     parts: list[list[int]] = [[] for _ in range(clients)]
     for holder in sorted(held, key=lambda holder: (-len(held[holder]), holder)):

@@ -155,7 +155,7 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
         if any(_is_blank(value) for value in fields.values()):
             blank = next(field for field, value in fields.items() if _is_blank(value))
             raise DataError(f"{where}: column {blank!r} is empty; remove the row or fill it in")
-        holder = "" if task.holder is None else str(row[task.holder])
+        holder = _holder(task, row, where)
         if task.answer is not None:
             if _is_blank(row[task.answer]):
                 raise DataError(f"{where}: column {task.answer!r} is empty; remove the row")
@@ -168,6 +168,18 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
                 f"{', '.join(labels)}"
             )
         yield Example(fields, label=labels[label], holder=holder)
+
+
+def _holder(task: Task, row: Mapping[str, Any], where: str) -> str:
+    """Who holds a row, as far as the task says."""
+    if task.holder is None:
+        return ""
+    if _is_blank(row[task.holder]):
+        raise DataError(
+            f"{where}: column {task.holder!r}, which says who holds a row, is empty; remove the "
+            "row or fill it in"
+        )
+    return str(row[task.holder])
 
 
 def _is_blank(value: Any) -> bool:

@@ -23,7 +23,7 @@ from meerkat.errors import MaskError, RecipeError
 from meerkat.flower.settings import Settings
 from meerkat.flower.transports import FlowerMessages, FlowerStreams
 from meerkat.progress import Progress
-from meerkat.runs.directory import holds_run, mask_path
+from meerkat.runs.directory import holds_run, mask_path, write_holders
 from meerkat.runs.events import RunObserver
 from meerkat.runs.remote_run import check_algorithm, host, load_server_mask
 from meerkat.runs.renewal import MakeMask
@@ -70,7 +70,7 @@ def serve(
     label_counts: tuple[list[list[int]], str] = ([], "")
     if simulated:
         _check_nodes(grid, recipe)
-        label_counts = _label_counts(recipe)
+        label_counts = _label_counts(recipe, out)
 
     with logged_to(out / "server.log", aloud=not simulated) as logger:
 
@@ -181,15 +181,18 @@ def _check_nodes(grid: Grid, recipe: Recipe) -> None:
         time.sleep(0.05)
 
 
-def _label_counts(recipe: Recipe) -> tuple[list[list[int]], str]:
+def _label_counts(recipe: Recipe, out: Path) -> tuple[list[list[int]], str]:
     """Who holds what; in a simulation the data are here."""
     from meerkat.data.clients import (  # a deployed server needs none of it
+        client_holders,
         client_label_counts,
         load_partition,
     )
 
     task = resolve_task(recipe.task)
-    return client_label_counts(task, *load_partition(recipe, task))
+    split, parts = load_partition(recipe, task)
+    write_holders(out, client_holders(recipe, split, parts))
+    return client_label_counts(task, split, parts)
 
 
 def _transport(recipe: Recipe, simulated: bool) -> str:

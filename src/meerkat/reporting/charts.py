@@ -44,6 +44,8 @@ FIGURES = (
 _HEIGHT = 280
 _BARS, _LYING = 200, 24
 """Most clients that are drawn, and that are drawn as lying bars."""
+_NAME = 230
+"""Most pixels of a client's name."""
 
 
 def draw(
@@ -54,10 +56,12 @@ def draw(
     stopping: Stopping | None = None,
     paths: Paths | None = None,
     within: subspace.Within | None = None,
+    names: Sequence[str] = (),
 ) -> list[Figure]:
     """All pictures that there are data for.
 
-    `losses` has one value a round, `sent` the bytes sent before each round and after the last.
+    `losses` has one value a round, `sent` the bytes sent before each round and after the last;
+    `names` are those of the clients, if they have any.
     """
     found: list[Figure | None] = []
     for axis in axes(sent):
@@ -66,11 +70,13 @@ def draw(
         drawn = draw_paths(paths) if paths is not None else []
         found += [*drawn[:1], draw_scatter(stopping.last), *drawn[1:]]
     found += subspace.draw_within(within) if within is not None else []
-    found += [_clients(header.labels, header.label_counts), _mask(header.mask_parts)]
+    found += [_clients(header.labels, header.label_counts, names), _mask(header.mask_parts)]
     return [figure for figure in found if figure is not None]
 
 
-def _clients(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure | None:
+def _clients(
+    labels: Sequence[str], counts: Sequence[Sequence[int]], called: Sequence[str]
+) -> Figure | None:
     sizes = [sum(row) for row in counts]
     if not sizes:
         return None
@@ -87,19 +93,21 @@ def _clients(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure |
         sentence += (
             f", and {single or 'none'} of them {'holds' if single < 2 else 'hold'} one label only"
         )
+    # Beside standing bars there is room for numbers alone.
+    roomy = len(called) == len(counts) and len(shown) <= _LYING
     return Figure(
         name="clients",
         sentence=sentence + left_out(len(counts), len(shown), "clients"),
-        chart=_bars(names, {client: counts[client] for client in shown}),
+        chart=_bars(names, {called[k] if roomy else str(k): counts[k] for k in shown}),
     )
 
 
-def _bars(names: list[str], counts: Mapping[int, Sequence[int]]) -> Chart:
-    """Stacked bars: lying while each has room for its name, else standing."""
+def _bars(names: list[str], counts: Mapping[str, Sequence[int]]) -> Chart:
+    """Stacked bars by client: lying while each has room for its name, else standing."""
     rows: Rows = []
     for client, row in counts.items():
         rows += [
-            {"client": str(client), "label": names[i], "order": i, "examples": count}
+            {"client": client, "label": names[i], "order": i, "examples": count}
             for i, count in tally(row, names).items()
         ]
     legend = alt.Legend(orient="top", columns=4, labelLimit=80)
@@ -116,12 +124,12 @@ def _bars(names: list[str], counts: Mapping[int, Sequence[int]]) -> Chart:
             order="order:Q",
         )
     )
-    order, length = list(map(str, counts)), "training examples"
+    order, length = list(counts), "training examples"
     heading = f"{'Labels' if len(names) > 1 else 'Examples'} by client"
     if len(order) <= _LYING:
         chart = bars.encode(
             x=alt.X("examples:Q", title=length, axis=alt.Axis(tickMinStep=1)),
-            y=alt.Y("client:N", title="client", sort=order),
+            y=alt.Y("client:N", title="client", sort=order, axis=alt.Axis(labelLimit=_NAME)),
         )
         return dressed(chart, heading, 112 + 22 * len(order))
     ticks = alt.Axis(values=order[:: math.ceil(len(order) / 10)], labelAngle=0)

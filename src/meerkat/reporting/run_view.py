@@ -18,10 +18,11 @@ from meerkat.journal.records import Evaluated, Header
 from meerkat.reporting.figure import byte_unit, listed, plain, plural
 from meerkat.reporting.stopping import Stopping, read_stopping
 from meerkat.runs.best_round import best_evaluation, last_round
+from meerkat.runs.directory import holders_of
 from meerkat.tasks.metrics import metric_of, metric_title
 from meerkat.zo.state import ModelState
 
-__all__ = ["Fact", "Run", "Score", "duration", "facts", "read", "scores_in"]
+__all__ = ["Fact", "Run", "Score", "duration", "facts", "named", "read", "scores_in"]
 
 _LISTED = 8
 """Most numbers of clients in a hint."""
@@ -84,6 +85,8 @@ class Run:
     """Digest of the state after the last round."""
     stopping: Stopping | None
     """None where nothing was decided on early stopping."""
+    names: list[str]
+    """Each client's number and who holds its rows; empty where that is not known."""
 
     @property
     def rounds(self) -> int:
@@ -97,6 +100,9 @@ class Run:
     def clients(self) -> int:
         planned = self.recipe.get("federation.clients")
         return len(self.header.label_counts) or (planned if isinstance(planned, int) else 0)
+
+    def name(self, client: int) -> str:
+        return self.names[client] if client < len(self.names) else str(client)
 
     @property
     def finished(self) -> bool:
@@ -132,6 +138,7 @@ def read(journal: Journal) -> Run:
         seconds=seconds,
         state_digest=state_digest,
         stopping=read_stopping(journal),
+        names=[named(k, held) for k, held in enumerate(holders_of(journal.path.parent))],
     )
 
 
@@ -143,6 +150,18 @@ def scores_in(evaluations: Sequence[Evaluated]) -> list[Score]:
     """
     names = dict.fromkeys(name for e in evaluations for name in e.metrics if name != "loss")
     return [_score(name) for name in names]
+
+
+def named(client: int, holders: Sequence[str]) -> str:
+    """A client by its number, and by who holds its rows, the first of several.
+
+    >>> named(3, []), named(0, ["Games Team"]), named(1, ["Fonts", "QA", "Med"])
+    ('3', '0 Games Team', '1 Fonts and 2 more')
+    """
+    if not holders:
+        return str(client)
+    name = plain(" ".join(holders[0].split()))
+    return f"{client} {name}" + (f" and {len(holders) - 1:,} more" if len(holders) > 1 else "")
 
 
 def facts(run: Run) -> list[Fact]:

@@ -173,7 +173,7 @@ def _rank(client: int, found: dict[int, Verdict]) -> tuple[bool, float, int]:
 def _row(run: Run, client: int, last: Decision, verdict: Verdict | None) -> ClientRow:
     if verdict is None:
         return ClientRow(
-            client=f"{client}",
+            client=run.name(client),
             verdict="not judged",
             steps=f"{run.recipe.get('federation.local_steps', '?')}",
             later=_NONE,
@@ -188,7 +188,7 @@ def _row(run: Run, client: int, last: Decision, verdict: Verdict | None) -> Clie
         quiet = None  # Every step counts as quiet, so ρ_quiet says nothing.
     unjudged = verdict.rho_later is None and verdict.source != "recipe"
     return ClientRow(
-        client=f"{client}",
+        client=run.name(client),
         verdict="stopped" if verdict.flagged else "not judged" if unjudged else "kept",
         steps=f"{verdict.steps:,}",
         later=_ratio(verdict.rho_later),

@@ -28,7 +28,10 @@ def write_report(directory: Path, journal: Journal) -> Path:
     calibrated = run.stopping and run.stopping.calibrated
     paths = read_paths(directory, journal, calibrated) if calibrated else None
     within = read_within(directory, journal)
-    figures = draw(run.header, run.losses, run.sent, run.evaluations, run.stopping, paths, within)
+    figures = draw(
+        *(run.header, run.losses, run.sent, run.evaluations, run.stopping, paths, within),
+        names=run.names,
+    )
     pictures = directory / "report"
     try:
         pictures.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,12 @@ from torch import nn
 
 from meerkat.algorithms import make_algorithm
 from meerkat.config import MaskSection, Recipe
-from meerkat.data.clients import client_label_counts, load_partition, validation_examples
+from meerkat.data.clients import (
+    client_holders,
+    client_label_counts,
+    load_partition,
+    validation_examples,
+)
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
 from meerkat.errors import MaskError, ModelError
@@ -202,6 +207,10 @@ class Assembly:
         counts, digest = client_label_counts(self.task, self.split, self.parts)
         labels = self.task.verbalizers
         return header_of(self.recipe, self.found_mask.mask, tuple(labels), counts, digest)
+
+    def holders(self) -> list[list[str]]:
+        """Who holds the rows of each client, in a natural partition."""
+        return client_holders(self.recipe, self.split, self.parts)
 
     def client_texts(self) -> list[list[str]]:
         """Each client's own examples as text, for the union mask."""

@@ -4,6 +4,7 @@ DIR/recipe.json      the recipe; only [runtime] and [network] may be edited
 DIR/mask.safetensors the mask
 DIR/mask-000030.safetensors  the mask with the subspace renewed before round 30, and so on
 DIR/journal.sqlite   the record
+DIR/clients.json     who holds the rows of each client, in a simulation with a natural partition
 DIR/selection.json   who is stopped early and why, where a selection was made
 DIR/summary.json     the figures, once the run is complete
 DIR/report.html      the report, and its pictures under DIR/report/, where an observer draws them
@@ -11,9 +12,12 @@ DIR/report.html      the report, and its pictures under DIR/report/, where an ob
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
 
 from meerkat.config import Recipe, load_recipe
 from meerkat.errors import JournalError, MeerkatError, RecipeError, RunError
@@ -24,6 +28,7 @@ from meerkat.spaces.mask_file import Mask, load_mask
 __all__ = [
     "check_free",
     "claimed",
+    "holders_of",
     "holds_run",
     "journal_path",
     "mask_of",
@@ -33,14 +38,16 @@ __all__ = [
     "renewed_mask",
     "renewed_mask_path",
     "summary_path",
+    "write_holders",
     "write_recipe",
 ]
 
-_RECIPE, _MASK, _JOURNAL, _SUMMARY = (
+_RECIPE, _MASK, _JOURNAL, _SUMMARY, _CLIENTS = (
     "recipe.json",
     "mask.safetensors",
     "journal.sqlite",
     "summary.json",
+    "clients.json",
 )
 
 
@@ -76,7 +83,7 @@ def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
         yield
     except MeerkatError:
         if not Journal.exists(journal_path(directory)):
-            for name in (_RECIPE, _MASK, _JOURNAL):
+            for name in (_RECIPE, _MASK, _JOURNAL, _CLIENTS):
                 (directory / name).unlink(missing_ok=True)
             if not any(directory.iterdir()):
                 directory.rmdir()
@@ -86,9 +93,42 @@ def claimed(directory: Path, recipe: Recipe) -> Iterator[None]:
 def write_recipe(recipe: Recipe, directory: Path) -> None:
     """Write a run's recipe, whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    scratch = directory / (_RECIPE + ".part")
-    scratch.write_text(recipe.to_json(), "utf-8")
-    scratch.replace(directory / _RECIPE)
+    _write(directory / _RECIPE, recipe.to_json())
+
+
+def write_holders(directory: Path, holders: Sequence[Sequence[str]]) -> None:
+    """Write down who holds the rows of each client, where that is known."""
+    if holders:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory / _CLIENTS, json.dumps({"holders": holders}, indent=1))
+
+
+def holders_of(directory: Path) -> list[list[str]]:
+    """Who holds the rows of each client; empty where that is not known.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = directory / _CLIENTS
+    if not path.exists():
+        return []
+    try:
+        return _Clients.model_validate_json(path.read_bytes(), strict=True).holders
+    except ValidationError:
+        raise RunError(
+            f"{path} is damaged; remove it, and the report numbers the clients"
+        ) from None
+
+
+class _Clients(BaseModel):
+    holders: list[list[str]]
+
+
+def _write(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, "utf-8")
+    scratch.replace(path)
 
 
 def journal_path(directory: Path) -> Path:

@@ -25,6 +25,7 @@ from meerkat.runs.directory import (
     mask_path,
     open_journal,
     recipe_of,
+    write_holders,
     write_recipe,
 )
 from meerkat.runs.driver import Evaluator
@@ -136,6 +137,7 @@ def _execute(
         save_mask(renewed_subspace(assembly, mask, weights), path)
 
     header = assembly.header()
+    write_holders(directory, assembly.holders())
     try:
         return execute(directory, recipe, header, mask, start_engine, make_mask, observer, progress)
     finally:
