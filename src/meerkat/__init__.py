@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from meerkat.config import Recipe, load_recipe, parse_recipe
     from meerkat.errors import MeerkatError
     from meerkat.runs.export import apply_delta
+    from meerkat.trainer import Trainer, TrainingArguments
 
 __all__ = [
     "MeerkatError",
     "Recipe",
     "Replayed",
+    "Trainer",
+    "TrainingArguments",
     "apply_delta",
     "bench",
     "calibrate",
@@ -59,6 +62,8 @@ __all__ = [
 _MODULES = {
     "MeerkatError": "errors",
     "Recipe": "config",
+    "Trainer": "trainer",
+    "TrainingArguments": "trainer",
     "apply_delta": "runs.export",
     "bench": "benchmarks",
     "load_recipe": "config",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas
 from datasets.exceptions import DatasetsError
 
@@ -18,7 +19,7 @@ from meerkat.errors import DataError
 from meerkat.tasks import Example, Task
 from meerkat.zo.noise import permutation
 
-__all__ = ["Split", "load_examples", "load_folder"]
+__all__ = ["Split", "load_examples", "load_folder", "rows_as_examples"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HELD_OUT_SHARE = 10
@@ -94,6 +95,15 @@ def _validation(task: Task) -> dict[_Key, Example]:
             "serve"
         )
     return _unique(_examples(task, task.validation_split))
+
+
+def rows_as_examples(task: Task, split: str) -> list[Example]:
+    """A split row by row, repeated texts included.
+
+    Raises:
+        DataError: As `load_examples`.
+    """
+    return list(_examples(task, split))
 
 
 def load_folder(task: Task, folder: Path) -> Split:
@@ -256,7 +266,9 @@ def _read_table(path: Path, separator: str) -> pandas.DataFrame:
 def _records(table: pandas.DataFrame) -> Iterator[Mapping[str, Any]]:
     columns = [str(column) for column in table.columns]
     for values in table.itertuples(index=False, name=None):
-        yield dict(zip(columns, values, strict=True))
+        # Parquet's lists come as arrays.
+        plain = [value.tolist() if isinstance(value, np.ndarray) else value for value in values]
+        yield dict(zip(columns, plain, strict=True))
 
 
 def _dataset(task: Task, path: Path, split: str) -> datasets.Dataset:

@@ -36,6 +36,7 @@ __all__ = [
     "empty_model",
     "fingerprint",
     "load_model",
+    "loaded_of",
     "probe_logits",
 ]
 
@@ -112,18 +113,24 @@ def load_model(section: ModelSection, runtime: Runtime) -> LoadedModel:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loaded(section, error) from None
-    torch.nn.Module.to(model, device).eval().requires_grad_(False)
-    loaded = LoadedModel(
-        model,
-        tokenizer,
-        fingerprint(model),
-        section.name,
-        configuration_digest(model.config, tokenizer),
-        probe_logits(model),
-    )
+    torch.nn.Module.to(model, device)
+    loaded = loaded_of(model, tokenizer, section.name)
     if computes_in_float32(runtime.compute, dtype, device):
         widen(model)  # fingerprint and probe are those of the stored weights, on every machine
     return loaded
+
+
+def loaded_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadedModel:
+    """A model in memory with what belongs to it; from here on frozen and in evaluation mode."""
+    model.eval().requires_grad_(False)
+    return LoadedModel(
+        model,
+        tokenizer,
+        fingerprint(model),
+        name,
+        configuration_digest(model.config, tokenizer),
+        probe_logits(model),
+    )
 
 
 def empty_model(section: ModelSection, runtime: Runtime) -> PreTrainedModel:

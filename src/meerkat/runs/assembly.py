@@ -23,7 +23,8 @@ from meerkat.data.clients import (
 )
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
-from meerkat.errors import MaskError, ModelError
+from meerkat.data.token_rows import encoder_of
+from meerkat.errors import DataError, MaskError, ModelError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
@@ -98,7 +99,7 @@ class Assembly:
     @cached_property
     def encoder(self) -> Encoder:
         section = self.recipe.task
-        return Encoder(self.task, self.loaded.tokenizer, section.max_length, self.loaded.window)
+        return encoder_of(self.task, self.loaded.tokenizer, section.max_length, self.loaded.window)
 
     @cached_property
     def test(self) -> EncodedExamples:
@@ -213,7 +214,13 @@ class Assembly:
         return client_holders(self.recipe, self.split, self.parts)
 
     def client_texts(self) -> list[list[str]]:
-        """Each client's own examples as text, for the union mask."""
+        """Each client's own examples as text, for the union mask.
+
+        Raises:
+            DataError: They are tokens.
+        """
+        if self.task.is_tokens:
+            raise DataError("mask.kind = 'union' needs texts, and task.name = 'tokens' has none")
         return [
             [self.task.prompt.format(**self.split.train[i].fields) for i in part]
             for part in self.parts
@@ -238,12 +245,14 @@ def assemble(
     progress: Progress | None = None,
     data: Path | None = None,
     mask_file: Path | None = None,
+    loaded: LoadedModel | None = None,
 ) -> Assembly:
     """Load data and model; the mask is found when it is first asked for.
 
     Args:
         data: The folder of the one client that is here, instead of what the recipe names.
         mask_file: A mask to use, whatever the recipe says.
+        loaded: The model, where it is in memory already.
 
     Raises:
         MeerkatError: Something that the recipe names is missing or does not fit.
@@ -262,7 +271,7 @@ def assemble(
         split = load_folder(task, data)
         parts = (tuple(range(len(split.train))),)
     progress.start("Loading the model", 1)
-    loaded = load_model(recipe.model, recipe.runtime)
+    loaded = load_model(recipe.model, recipe.runtime) if loaded is None else loaded
     if recipe.mask.kind == "lora":
         _adapt(loaded, recipe.mask)
     assembly = Assembly(recipe, loaded, task, split, parts, progress, mask_file)

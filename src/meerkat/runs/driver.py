@@ -20,6 +20,7 @@ from meerkat.progress import Progress
 from meerkat.runs.best_round import last_round
 from meerkat.runs.early_stopping import EarlyStopping
 from meerkat.runs.events import RunObserver
+from meerkat.runs.given import Stops, never
 from meerkat.runs.renewal import Renewals
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
@@ -44,10 +45,12 @@ def train(
     evaluate: Evaluator,
     observer: RunObserver,
     progress: Progress,
+    stops: Stops = never,
 ) -> ServerState:
     """Run the rounds that the journal lacks; each is in the journal before the next begins.
 
-    They end at `federation.rounds`, or where `evaluation.patience` is at an end.
+    They end at `federation.rounds`, where `evaluation.patience` is at an end, or where `stops`
+    says so: then the journal can be gone on with.
 
     Args:
         state, log: Where the journal ends, from `restore_state`.
@@ -74,6 +77,8 @@ def train(
             evaluate_once()
             if state.round >= last_round(recipe, known):
                 break
+        if stops(state.round):
+            break
         state = renewals.before_round(state, log, engine)
         state = stopping.before_round(state, log, engine, progress)
         started = time.monotonic()

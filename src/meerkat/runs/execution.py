@@ -21,6 +21,7 @@ from meerkat.runs.directory import journal_path, mask_path, open_journal, summar
 from meerkat.runs.driver import Evaluator, restore_state, train
 from meerkat.runs.early_stopping import EarlyStopping, check_signal
 from meerkat.runs.events import RunInfo, RunObserver
+from meerkat.runs.given import Stops, never
 from meerkat.runs.renewal import MakeMask, Renewals
 from meerkat.runs.summary import summarise
 from meerkat.spaces.mask_file import Mask, save_mask
@@ -68,12 +69,14 @@ def execute(
     make_mask: MakeMask,
     observer: RunObserver,
     progress: Progress,
+    stops: Stops = never,
 ) -> dict[str, Any]:
     """The rounds that a run's journal lacks, or all where there is none; then its summary.
 
     Args:
         mask: That the run begins with; with θ_0, its `initial`.
         make_mask: Makes its subspace again in mid-run.
+        stops: When to pause; the summary is then that of the rounds so far.
 
     Raises:
         JournalError: The run began with another model, mask or data.
@@ -96,7 +99,19 @@ def execute(
         renewals = Renewals(recipe, directory, journal, mask, make_mask, observer.subspace_renewed)
         engine, evaluate = start_engine(state, log, renewals.mask, renewals.begins)
         observer.run_started(RunInfo(directory, journal))
-        train(recipe, journal, state, log, engine, stopping, renewals, evaluate, observer, progress)
+        train(
+            recipe,
+            journal,
+            state,
+            log,
+            engine,
+            stopping,
+            renewals,
+            evaluate,
+            observer,
+            progress,
+            stops,
+        )
         return _finish(directory, journal, observer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from meerkat.runs.events import RunObserver
 from meerkat.runs.execution import execute, summary_if_complete
 from meerkat.runs.finding_subspace import renewed_subspace
 from meerkat.runs.fit import fitted
+from meerkat.runs.given import Given
 from meerkat.runs.lock import locked
 from meerkat.spaces.linear import space_of
 from meerkat.spaces.mask_file import Mask, save_mask
@@ -42,9 +44,15 @@ from meerkat.zo.state import ModelState
 
 __all__ = ["resume_run", "start_run"]
 
+_NOTHING = Given()
+
 
 def start_run(
-    recipe: Recipe, directory: Path, observer: RunObserver, progress: Progress
+    recipe: Recipe,
+    directory: Path,
+    observer: RunObserver,
+    progress: Progress,
+    given: Given = _NOTHING,
 ) -> dict[str, Any]:
     """Start a run in a directory that holds none, and see it through; its summary.
 
@@ -53,11 +61,16 @@ def start_run(
         MeerkatError: See `assembly.assemble` and `driver.train`.
     """
     with locked(directory), claimed(directory, recipe):
-        return _execute(_fitted(recipe, directory, progress), directory, observer, progress)
+        assembly = _fitted(recipe, directory, progress, given)
+        return _execute(assembly, directory, observer, progress, given)
 
 
 def resume_run(
-    directory: Path, observer: RunObserver, progress: Progress, recover: bool = False
+    directory: Path,
+    observer: RunObserver,
+    progress: Progress,
+    recover: bool = False,
+    given: Given = _NOTHING,
 ) -> dict[str, Any]:
     """Go on with a run after any interruption; a complete run is only summed up again.
 
@@ -71,11 +84,16 @@ def resume_run(
     """
     recipe = recipe_of(directory)
     with locked(directory):
-        return _resume(directory, recipe, observer, progress, recover)
+        return _resume(directory, recipe, observer, progress, recover, given)
 
 
 def _resume(
-    directory: Path, recipe: Recipe, observer: RunObserver, progress: Progress, recover: bool
+    directory: Path,
+    recipe: Recipe,
+    observer: RunObserver,
+    progress: Progress,
+    recover: bool,
+    given: Given,
 ) -> dict[str, Any]:
     summary = summary_if_complete(directory, recipe, observer, recover)
     if summary is not None:
@@ -84,36 +102,42 @@ def _resume(
     own = mask_path(directory)
     begun = Journal.exists(journal_path(directory)) and own.exists()
     if begun:
-        assembly = assemble(recipe, progress, mask_file=own)
+        assembly = assemble(recipe, progress, mask_file=own, loaded=given.loaded)
     else:
-        assembly = _fitted(recipe, directory, progress)
-    return _execute(assembly, directory, observer, progress)
+        assembly = _fitted(recipe, directory, progress, given)
+    return _execute(assembly, directory, observer, progress, given)
 
 
-def _fitted(recipe: Recipe, directory: Path, progress: Progress) -> Assembly:
+def _fitted(recipe: Recipe, directory: Path, progress: Progress, given: Given) -> Assembly:
     """What a run begins with; where that is not the recipe's subspace, it is written down."""
-    assembly = fitted(assemble(recipe, progress))
+    assembly = fitted(assemble(recipe, progress, loaded=given.loaded))
     if assembly.recipe != recipe:
         write_recipe(assembly.recipe, directory)
     return assembly
 
 
 def _execute(
-    assembly: Assembly, directory: Path, observer: RunObserver, progress: Progress
+    assembly: Assembly,
+    directory: Path,
+    observer: RunObserver,
+    progress: Progress,
+    given: Given,
 ) -> dict[str, Any]:
     recipe, mask = assembly.recipe, assembly.found_mask.mask
     worker = assembly.worker()
 
     def evaluate(round: int, state: ModelState) -> Evaluated:
         worker.space.write(state.theta)
-        return evaluate_objective(
+        found = evaluate_objective(
             assembly.objective,
-            assembly.test,
+            assembly.test if given.tests else (),
             assembly.metrics,
             round,
             progress,
             validation=assembly.validation,
         )
+        more = given.measure(assembly)
+        return replace(found, metrics={**found.metrics, **more}) if more else found
 
     def answered() -> None:
         progress.advance()
@@ -139,6 +163,16 @@ def _execute(
     header = assembly.header()
     write_holders(directory, assembly.holders())
     try:
-        return execute(directory, recipe, header, mask, start_engine, make_mask, observer, progress)
+        return execute(
+            directory,
+            recipe,
+            header,
+            mask,
+            start_engine,
+            make_mask,
+            observer,
+            progress,
+            given.stops,
+        )
     finally:
         worker.space.restore()

@@ -34,6 +34,8 @@ def resolve_task(section: TaskSection) -> Task:
     else:
         task = TASKS[section.name]
     task = dataclasses.replace(task, **_overrides(section))
+    if not task.source:
+        raise DataError(f"task.source is missing; task.name = {task.name!r} needs it")
     try:
         fields = task.fields
     except ValueError as error:

@@ -6,10 +6,12 @@ import string
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FILE_SUFFIXES", "Example", "Task"]
+__all__ = ["FILE_SUFFIXES", "TOKENS", "Example", "Task"]
 
 FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Names of sources that are one file end in one of these."""
+TOKENS = "tokens"
+"""The task whose rows are tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Task:
     @property
     def cut_field(self) -> str:
         return self.cut or self.fields[0]
+
+    @property
+    def is_tokens(self) -> bool:
+        """Are its rows tokens already? See `data.token_rows`."""
+        return self.name == TOKENS
 
     @property
     def has_classes(self) -> bool:

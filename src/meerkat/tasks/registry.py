@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from meerkat.tasks.base import Task
+from meerkat.tasks.base import TOKENS, Task
 
 __all__ = ["TASKS"]
 
@@ -140,6 +140,8 @@ _ALL = (
         verbalizers=("不", "是"),
         labels=("neg", "pos"),
     ),
+    # Rows of tokens, as transformers' Trainer takes them; `task.source` names them.
+    Task(name=TOKENS, source="", prompt="{input_ids}", answer="labels"),
 )
 
 TASKS = {task.name: task for task in _ALL}
