@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         run,
         schema,
         split,
+        tune,
     )
     from meerkat.benchmarks import bench
     from meerkat.config import Recipe, load_recipe, parse_recipe
@@ -57,6 +58,7 @@ __all__ = [
     "run",
     "schema",
     "split",
+    "tune",
 ]
 
 _MODULES = {

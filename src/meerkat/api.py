@@ -40,6 +40,7 @@ from meerkat.zo.state import ModelState, Theta
 
 if TYPE_CHECKING:
     from meerkat.comparison.comparing import Comparison
+    from meerkat.comparison.tuning import Tuned
     from meerkat.runs.finding_mask import FoundMask
     from meerkat.runs.plan_figures import Plan
     from meerkat.spaces.base import ParameterSpace
@@ -60,6 +61,7 @@ __all__ = [
     "run",
     "schema",
     "split",
+    "tune",
 ]
 
 Source = str | Path | Recipe
@@ -420,6 +422,43 @@ def split(recipe: Source, to: str | Path, overrides: Sequence[str] = ()) -> list
     with needed_extra("train"):
         from meerkat.data.clients import write_client_folders
     return write_client_folders(_recipe(recipe, overrides), Path(to))
+
+
+def tune(
+    recipe: str | Path,
+    out: str | Path | None = None,
+    to: str | Path | None = None,
+    tries: Sequence[str] = (),
+    passes: int | None = None,
+    validation: int = 256,
+    overrides: Sequence[str] = (),
+    jobs: int = 0,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Find a recipe's learning rate, or other fields, on validation examples, and write the recipe.
+
+    By successive halving; called again after any interruption, it goes on where it was.
+
+    Args:
+        recipe: A recipe's file.
+        out: Where the trials' runs and their table go; by default under `tuning/`.
+        to: Where the tuned recipe goes; `tuned.toml` in `out` by default.
+        tries: `section.field=[value, …]`; by default the rates of the recipe's kind of mask.
+        passes: Budget: example passes of all trials; those of one run of the recipe by default.
+        validation: Held-out examples to choose by, where the recipe keeps none.
+        jobs: Trials at a time; 0 is one for every two cores, or one where there is a GPU.
+
+    Raises:
+        MeerkatError: The recipe or the budget is not usable, or no trial got better.
+    """
+    with needed_extra("train"):
+        from meerkat.comparison.tuning import tune_recipe
+    path = Path(recipe)
+    directory = Path("tuning") / path.stem if out is None else Path(out)
+    target = None if to is None else Path(to)
+    return tune_recipe(
+        path, directory, target, tries, passes, validation, overrides, jobs, progress
+    )
 
 
 def _observers(wanted: Sequence[RunObserver] | None, progress: Progress) -> RunObserver:

@@ -1,4 +1,4 @@
-"""Commands before and for a run: calibrate, compare, plan, recalibrate, run, resume, split."""
+"""Commands before and for a run, from calibrate to tune."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from meerkat.cli.application import (
 from meerkat.terminal.progress_bar import Bar
 from meerkat.terminal.tables import mask_table, plan_table, summary_table
 
-__all__ = ["calibrate", "compare", "plan", "recalibrate", "resume", "run", "split"]
+__all__ = ["calibrate", "compare", "plan", "recalibrate", "resume", "run", "split", "tune"]
 
 
 @command
@@ -156,3 +156,51 @@ def split(
 
     for folder in api.split(recipe, to, overrides or ()):
         console.print(f"wrote {folder}")
+
+
+@command
+def tune(
+    recipe: RecipeArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the trials go; by default under tuning/.", metavar="DIR"),
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The tuned recipe; by default tuned.toml in that folder.")
+    ] = None,
+    tries: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            metavar="KEY=[VALUES]",
+            help="What is tried, such as federation.local_steps=[1, 4]; may be repeated. By "
+            "default the learning rate.",
+        ),
+    ] = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(
+            help="Example passes of all trials; those of one run of the recipe by default.", min=1
+        ),
+    ] = None,
+    validation: Annotated[
+        int,
+        typer.Option(help="Examples to choose by, where the recipe keeps none.", min=1),
+    ] = 256,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(help="Trials at a time; 0 goes by the cores.", min=0)] = 0,
+) -> None:
+    """Find the learning rate, or other fields, on validation examples; write the tuned recipe."""
+    from meerkat import api
+
+    with Bar() as progress:
+        found = api.tune(
+            recipe, out, to, tries or (), passes, validation, overrides or (), jobs, progress
+        )
+    from meerkat.comparison.tuning import as_markdown
+
+    console.print(as_markdown(found.trials))
+    for field, value in found.settings.items():
+        console.print(f"{field} = {json.dumps(value)}")
+    for path in (found.recipe, found.table):
+        console.print(f"wrote {path}")

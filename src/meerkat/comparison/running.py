@@ -21,13 +21,23 @@ from pathlib import Path
 from meerkat.comparison.cells import Cell, Group
 from meerkat.comparison.first_order import run_first_order
 from meerkat.comparison.outcome import Outcome, better, outcome_of
+from meerkat.comparison.results import FirstOrder
+from meerkat.config import Recipe
 from meerkat.errors import DivergedError, MeerkatError, RunError
 from meerkat.progress import Progress
 from meerkat.runs.directory import holds_run
 from meerkat.runs.events import RunObserver
+from meerkat.runs.given import Given
 from meerkat.runs.local_run import resume_run, start_run
 
-__all__ = ["GroupOutcome", "make_all", "make_cell"]
+__all__ = [
+    "GroupOutcome",
+    "diverged_in",
+    "make_all",
+    "make_cell",
+    "make_run",
+    "worker_pool",
+]
 
 _DIVERGED = "diverged.json"
 
@@ -55,19 +65,34 @@ def make_cell(cell: Cell, out: Path, threads: int) -> None:
     Raises:
         MeerkatError: It cannot be made.
     """
-    directory = cell.directory(out)
-    if outcome_of(cell, out) is not None:
-        return
-    recipe = cell.recipe
+    if outcome_of(cell, out) is None:
+        make_run(cell.recipe, cell.directory(out), threads, bound=cell.bound)
+
+
+def make_run(
+    recipe: Recipe,
+    directory: Path,
+    threads: int,
+    given: Given | None = None,
+    bound: FirstOrder | None = None,
+) -> None:
+    """Make a run, or go on with it; one that diverges leaves a file that says so.
+
+    Args:
+        bound: A first-order method, which is no run of ours.
+
+    Raises:
+        MeerkatError: It cannot be made.
+    """
     runtime = recipe.runtime.model_copy(update={"threads": threads})
-    recipe = recipe.model_copy(update={"runtime": runtime})
+    recipe, given = recipe.model_copy(update={"runtime": runtime}), given or Given()
     try:
-        if cell.bound is not None:
-            run_first_order(recipe, cell.bound, directory)
+        if bound is not None:
+            run_first_order(recipe, bound, directory)
         elif holds_run(directory):
-            resume_run(directory, RunObserver(), Progress())
+            resume_run(directory, RunObserver(), Progress(), given=given)
         else:
-            start_run(recipe, directory, RunObserver(), Progress())
+            start_run(recipe, directory, RunObserver(), Progress(), given)
     except DivergedError as error:
         directory.mkdir(parents=True, exist_ok=True)
         scratch = directory / (_DIVERGED + ".part")
@@ -75,6 +100,12 @@ def make_cell(cell: Cell, out: Path, threads: int) -> None:
         scratch.replace(directory / _DIVERGED)
     finally:
         gc.collect()  # a model is in cycles; the next cell of this process loads its own
+
+
+def diverged_in(directory: Path) -> str | None:
+    """Why the run of a directory diverged; None where it did not."""
+    path = directory / _DIVERGED
+    return json.loads(path.read_text("utf-8"))["error"] if path.exists() else None
 
 
 def make_all(
@@ -104,7 +135,7 @@ def make_all(
             waiting[pool.submit(make_cell, cell, out, threads)] = (number, cell)
 
     searching = set(range(len(groups)))
-    with _pool(jobs, threads) as pool:
+    with worker_pool(jobs, threads) as pool:
         for number, group in enumerate(groups):
             submit(pool, number, group.search)
         due = [number for number in searching if not left[number]]
@@ -160,7 +191,7 @@ def _chosen(group: Group, out: Path) -> float | str | None:
 
 
 @contextmanager
-def _pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(jobs: int, threads: int) -> Iterator[ProcessPoolExecutor]:
     """Processes with so many threads each, which end with this one."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
