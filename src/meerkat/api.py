@@ -53,6 +53,7 @@ __all__ = [
     "evaluate",
     "export",
     "gradip",
+    "harness",
     "plan",
     "recalibrate",
     "replay",
@@ -130,6 +131,41 @@ def compare(
         from meerkat.comparison.comparing import compare_methods
     directory = Path(out) if out else Path("comparisons") / Path(grid).stem
     return compare_methods(Path(grid), directory, overrides, jobs, only_tables, progress)
+
+
+def harness(
+    target: str | Path,
+    tasks: Sequence[str],
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    recipe: Source | None = None,
+    rounds: Rounds = None,
+    overrides: Sequence[str] = (),
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Results of a run, or of any model, on tasks of lm-evaluation-harness, as that gives them.
+
+    Args:
+        target: A run's directory, or a model as `model.name` names one.
+        tasks: Names of its tasks, or of those in `include_path`.
+        include_path: A folder of task files (YAML) of one's own, whose data may be local.
+        limit: At most so many examples of each task.
+        recipe: How a model is loaded: its `model.dtype` and `[runtime]`.
+        rounds: As `evaluate`.
+
+    Raises:
+        MeerkatError: The extra `harness` is missing, or target or a task is not usable.
+    """
+    with needed_extra("train"):
+        from meerkat.runs.harness import harness_results, model_of, run_model
+    directory, include = Path(target), None if include_path is None else Path(include_path)
+    if journal_path(directory).exists():
+        parsed = _recipe(recipe_of(directory), overrides)
+        with run_model(directory, rounds, parsed) as loaded:
+            return harness_results(loaded, tasks, include, limit, batch_size)
+    parsed_or_none = None if recipe is None else _recipe(recipe, overrides)
+    loaded = model_of(str(target), parsed_or_none)
+    return harness_results(loaded, tasks, include, limit, batch_size)
 
 
 def plan(

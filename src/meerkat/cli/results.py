@@ -68,10 +68,25 @@ def evaluate(
     rounds: RoundOption = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(help="Instead: these tasks of lm-evaluation-harness.", metavar="TASK,TASK"),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="harness: a folder of task files of your own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="harness: at most so many examples a task.", min=1)
+    ] = None,
 ) -> None:
     """The loss and the recipe's metrics on a split, of a run or of any model."""
     from meerkat import api
 
+    if harness is not None:
+        tasks = [name for name in harness.split(",") if name]
+        results = api.harness(target, tasks, include_path, limit, recipe, rounds, overrides or ())
+        _print_harness(results, as_json)
+        return
     with Bar() as progress:
         found = api.evaluate(target, recipe, split, examples, rounds, overrides or (), progress)
     figures = {
@@ -157,6 +172,15 @@ def bench(
     if kind is BenchKind.step:
         options = {"compile": compiled, "model": model, "first_block": first_block}
     _print_figures(measure(kind.value, **options), as_json)
+
+
+def _print_harness(results: dict[str, Any], as_json: bool) -> None:
+    from meerkat.runs.harness import figures_of
+
+    if as_json:
+        print(json.dumps(results, indent=2, default=str))
+    else:
+        console.print(figures_table(figures_of(results)))
 
 
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:

@@ -91,7 +91,8 @@ def tune_recipe(
     cores = os.cpu_count() or 1
     jobs = jobs or (1 if torch.cuda.is_available() else max(1, cores // 2))
     with locked(out):
-        chosen = _halve(plan, out, jobs, max(1, cores // jobs), progress)
+        threads = base.runtime.threads or max(1, cores // jobs)
+        chosen = _halve(plan, out, jobs, threads, progress)
         tried = tuple(_tried(plan, trial, out, chosen) for trial in plan.trials)
         if chosen is None:
             starts = ", ".join(f"{each.trial.name}: {each.fate}" for each in tried)

@@ -45,7 +45,7 @@ from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.metrics import metric_names
 from meerkat.zo.noise import permutation
 
-__all__ = ["Assembly", "EncodedExamples", "FoundMask", "assemble"]
+__all__ = ["Assembly", "EncodedExamples", "FoundMask", "adapt_model", "assemble"]
 
 _MIB = 2**20
 
@@ -273,7 +273,7 @@ def assemble(
     progress.start("Loading the model", 1)
     loaded = load_model(recipe.model, recipe.runtime) if loaded is None else loaded
     if recipe.mask.kind == "lora":
-        _adapt(loaded, recipe.mask)
+        adapt_model(loaded, recipe.mask)
     assembly = Assembly(recipe, loaded, task, split, parts, progress, mask_file)
     _ = assembly.metrics
     _ = assembly.encoder  # the verbalizers are checked here, before a long calibration
@@ -281,7 +281,7 @@ def assemble(
     return assembly
 
 
-def _adapt(loaded: LoadedModel, section: MaskSection) -> None:
+def adapt_model(loaded: LoadedModel, section: MaskSection) -> None:
     """Put LoRA factors into a model; its fingerprint and probe stay those of the base model.
 
     Here, from the recipe alone, so that whoever has it draws the same factors: an engine's
