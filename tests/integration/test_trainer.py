@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -67,6 +67,8 @@ def make(
 
 ARGUMENTS = {
     "eval_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
     "eval_strategy",
     "load_best_model_at_end",
     "logging_steps",
@@ -341,7 +343,46 @@ def test_what_a_trainer_cannot_do_is_refused_in_one_line(
         make(compute_metrics=lambda found: {"mine": "much"}).train()
 
 
-def test_epochs_count_the_rows_and_a_subspace_brings_its_batch(make: Make) -> None:
-    trainer = make(max_steps=-1, num_train_epochs=1.5)
-    assert trainer.recipe.federation.rounds == 60
-    assert json.loads(trainer.recipe.to_json())["federation"]["clients"] == 1
+def test_epochs_count_the_rows_and_a_subspace_brings_its_batch(
+    make: Make, rows: list[dict[str, str]], sentences_file: Path
+) -> None:
+    """Of a subspace for tokens the public texts are prompts, which the model answers itself."""
+    assert make(max_steps=-1, num_train_epochs=1.5).recipe.federation.rounds == 60
+    within = {"subspace.dimensions": 4, "subspace.texts": 8, "subspace.corpus": str(sentences_file)}
+    loaded = tiny_model()
+    trainer = make(
+        "tokens",
+        loaded.model,
+        processing_class=loaded.tokenizer,
+        train_dataset=tokenised(rows[:40], loaded.tokenizer),
+        eval_dataset=tokenised(rows[40:60], loaded.tokenizer),
+        task=None,
+        max_steps=-1,
+        num_train_epochs=0.3,
+        per_device_train_batch_size=None,
+        learning_rate="auto",
+        settings=within,
+    )
+    assert trainer.recipe.federation.batch_size == 4
+    assert trainer.train().global_step == 3
+    assert len(meerkat.replay(trainer.args.output_dir).theta) == 4
+
+
+def test_the_pages_code_runs(
+    tiny_folder: Path,
+    rows: list[dict[str, str]],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "one-machine.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(block, names)
+    trainer = names["train"](str(tiny_folder), rows[:160], rows[160:], settings)
+    assert trainer.state.global_step == 8
+    saved = AutoModelForCausalLM.from_pretrained("runs/mine/model", dtype=torch.float32)
+    assert fingerprint(saved) != fingerprint(trainer.model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    assert fingerprint(base) == fingerprint(trainer.model)

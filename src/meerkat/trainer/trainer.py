@@ -121,8 +121,9 @@ class Trainer:
         }
         if self._about.is_tokens:
             most = longest({_PUBLIC[name]: some for name, some in self._rows.items()})
-            fits = self.recipe.task.model_copy(update={"max_length": max(8, most)})
-            self.recipe = self.recipe.model_copy(update={"task": fits})
+            if "task.max_length" not in args.settings:
+                fits = self.recipe.task.model_copy(update={"max_length": max(8, most)})
+                self.recipe = self.recipe.model_copy(update={"task": fits})
         self._space: ParameterSpace | None = None
         self._rounds: int | None = None
 
