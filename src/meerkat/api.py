@@ -55,6 +55,7 @@ __all__ = [
     "gradip",
     "harness",
     "plan",
+    "push",
     "recalibrate",
     "replay",
     "report",
@@ -185,6 +186,21 @@ def plan(
     with needed_extra("train"):
         from meerkat.runs.planning import plan_run
     return plan_run(_recipe(recipe, overrides), measure, progress)
+
+
+def push(folder: str | Path, repository: str, public: bool = False) -> str:
+    """Upload a folder that `export` wrote to a hub, and return its address there.
+
+    Args:
+        repository: `OWNER/NAME`; it is made, as a private one, if there is none.
+        public: Make a new one public.
+
+    Raises:
+        RunError: The folder is no export, or the hub refuses or cannot be reached.
+    """
+    with needed_extra("train"):
+        from meerkat.exporting.hub import push_folder
+    return push_folder(Path(folder), repository, public)
 
 
 def recalibrate(
@@ -366,52 +382,28 @@ def export(
     delta: bool = False,
     rounds: Rounds = None,
     peft: bool = False,
+    shira: bool = False,
 ) -> Path:
     """Write a run's model: merged, as a sparse delta for `apply_delta`, or as peft's adapter.
 
+    All but a delta are folders with a model card, the recipe, and a list of what was written.
+
     Args:
-        peft: Write the factors of a run with `mask.kind = "lora"`, which
-            `peft.PeftModel.from_pretrained` loads over the base model.
+        peft: Write LoRA factors, which `peft.PeftModel.from_pretrained` loads over the base model:
+            those of a run with `mask.kind = "lora"`, or the exact ones of a sparse change.
+        shira: Write a sparse change as peft's SHiRA adapter.
         rounds: As `evaluate`.
 
     Raises:
         MeerkatError: There is no such run, its base model changed, or `to` exists.
     """
-    if delta and peft:
-        raise RunError("--delta and --peft exclude each other: take one")
+    forms = {"--delta": delta, "--peft": peft, "--shira": shira}
+    wanted = [name for name, given in forms.items() if given]
+    if len(wanted) > 1:
+        raise RunError(f"{' and '.join(wanted)} exclude each other: take one")
     with needed_extra("train"):
-        from meerkat.models.loading import load_model
-        from meerkat.runs.export import (
-            save_delta,
-            save_factors,
-            save_merged,
-            save_merged_factors,
-        )
-    directory, to = Path(directory), Path(to)
-    with closing(open_journal(directory)) as journal:
-        header, done = journal.header, wanted_rounds(journal, rounds)
-        theta = replay_journal(journal, done).theta
-        mask = mask_of(directory, journal, done)
-    if delta:
-        save_delta(mask, mask.weights(theta), to)
-        return to
-    recipe = recipe_of(directory)
-    if peft:
-        save_factors(mask, theta, recipe.mask.lora_alpha, recipe.model.name, to)
-        return to
-    # What is written has the type of the run's weights, whatever this machine computes in.
-    stored = recipe.runtime.model_copy(update={"compute": "stored"})
-    loaded = load_model(recipe.model, stored)
-    if loaded.fingerprint != header.model:
-        raise RunError(
-            f"model.name = {recipe.model.name!r} is not the model that the run began with "
-            f"(fingerprint {loaded.fingerprint[:12]}, journal {header.model[:12]}); restore it"
-        )
-    if mask.kind == "lora":
-        save_merged_factors(loaded, mask, theta, recipe.mask.lora_alpha, to)
-    else:
-        save_merged(loaded, mask, mask.weights(theta), to)
-    return to
+        from meerkat.exporting.exporting import export_run
+    return export_run(Path(directory), Path(to), wanted[0] if wanted else None, rounds)
 
 
 def gradip(

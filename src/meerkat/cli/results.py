@@ -1,4 +1,4 @@
-"""Commands on what a run left: replay, evaluate, export, report, gradip; and bench."""
+"""Commands on what a run left: replay, evaluate, export, push, report, gradip; and bench."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from meerkat.cli.application import (
 from meerkat.terminal.progress_bar import Bar
 from meerkat.terminal.tables import figures_table, gradip_table
 
-__all__ = ["bench", "evaluate", "export", "gradip", "replay", "report"]
+__all__ = ["bench", "evaluate", "export", "gradip", "push", "replay", "report"]
 
 
 @command
@@ -107,16 +107,44 @@ def export(
     ] = False,
     rounds: RoundOption = None,
     peft: Annotated[
-        bool,
-        typer.Option("--peft", help="Only the factors of a LoRA run, as a folder for peft."),
+        bool, typer.Option("--peft", help="Only LoRA factors, as a folder for peft.")
+    ] = False,
+    shira: Annotated[
+        bool, typer.Option("--shira", help="Only the changed parameters, as peft's SHiRA adapter.")
     ] = False,
 ) -> None:
     """Write the fine-tuned model, for plain transformers, or what is new of it in small."""
     from meerkat import api
 
-    written = api.export(directory, to, delta, rounds, peft)
+    written = api.export(directory, to, delta, rounds, peft, shira)
     size = sum(path.stat().st_size for path in [written, *written.rglob("*")] if path.is_file())
     console.print(f"wrote {written} ({size / 1e6:.1f} MB)")
+    if not (delta or peft or shira):
+        _say_if_not_imported(written)
+
+
+def _say_if_not_imported(folder: Path) -> None:
+    from meerkat.exporting.ollama import MODELFILE, not_imported
+
+    if not (folder / MODELFILE).exists():
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        console.print(not_imported(config["architectures"][0]))
+
+
+@command
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="A folder that `meerkat export` wrote.", metavar="FOLDER")
+    ],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.", metavar="REPO")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make a new repository public; private by default.")
+    ] = False,
+) -> None:
+    """Upload an exported folder to a hub; token and address as huggingface_hub has them."""
+    from meerkat import api
+
+    console.print(f"pushed to {api.push(folder, repository, public)}")
 
 
 @command

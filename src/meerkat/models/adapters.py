@@ -8,6 +8,7 @@ own, so a mask over all of them makes a run of them; spaces, journal and message
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ __all__ = [
     "merge",
     "require_peft",
     "save_adapter",
+    "write_adapter",
 ]
 
 _ADAPTER = "default"
@@ -181,18 +183,31 @@ def save_adapter(factors: Factors, alpha: float, base: str, folder: Path) -> Non
     """
     layers = _layers(factors)
     rank = len(factors[_name(layers[0], "A")])
-    config = _config(layers, rank, alpha)
-    config.base_model_name_or_path, config.inference_mode = base, True
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
     tensors = {
-        f"base_model.model.{layer}.lora_{letter}.weight": np.ascontiguousarray(
-            factors[_name(layer, letter)]
-        )
+        f"{layer}.lora_{letter}.weight": factors[_name(layer, letter)]
         for layer in layers
         for letter in "AB"
     }
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    write_adapter(_config(layers, rank, alpha), tensors, base, folder)
+
+
+def write_adapter(config: Any, tensors: Mapping[str, np.ndarray], base: str, folder: Path) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained` loads; the same bytes each time.
+
+    Args:
+        config: A configuration of peft's.
+        tensors: By their names in the base model.
+        base: As `save_adapter`.
+    """
+    config.base_model_name_or_path, config.inference_mode = base, True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    path = folder / "adapter_config.json"
+    written = json.loads(path.read_text("utf-8"))
+    written["target_modules"] = sorted(written["target_modules"])  # peft holds them as a set
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
+    named = {f"base_model.model.{n}": np.ascontiguousarray(t) for n, t in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _config(layers: Sequence[str], rank: int, alpha: float) -> Any:

