@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from meerkat.runs.recipe_schema import recipe_schema
 from meerkat.runs.trajectories import Gradip, read_gradip
 from meerkat.runs.watching import ProgressObserver, SelectionWriter
 from meerkat.spaces.mask_file import save_mask
+from meerkat.tracking.observer import tracked
 from meerkat.zo.state import ModelState, Theta
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def run(
         out: The run's directory; by default `runs/` and the recipe's name and fingerprint.
         overrides: `section.field=value`, as `--set`.
         observers: Are told each event of the run, as are those of progress and selection.json,
-            which every run has. By default one that draws the report; `()` for none.
+            which every run has, and the recipe's trackers. By default one that draws the report;
+            `()` for none.
 
     Raises:
         MeerkatError: What was wrong; rounds that are in the journal stay there.
@@ -251,18 +253,18 @@ def run(
     parsed = _recipe(recipe, overrides)
     directory = Path(out) if out else default_out(recipe, parsed)
     progress = progress or Progress()
-    observer = _observers(observers, progress)
-    if parsed.runtime.engine == "flower":
-        check_free(directory)
+    with _observed(parsed, observers, progress) as observer:
+        if parsed.runtime.engine == "flower":
+            check_free(directory)
+            with needed_extra("train"):
+                from meerkat.runs.assembly import assemble
+                from meerkat.runs.fit import asks, fitted
+            if asks(parsed):
+                parsed = fitted(assemble(parsed, progress)).recipe
+            return _simulate(parsed, directory, observer, progress, new=True)
         with needed_extra("train"):
-            from meerkat.runs.assembly import assemble
-            from meerkat.runs.fit import asks, fitted
-        if asks(parsed):
-            parsed = fitted(assemble(parsed, progress)).recipe
-        return _simulate(parsed, directory, observer, progress, new=True)
-    with needed_extra("train"):
-        from meerkat.runs.local_run import start_run
-    return start_run(parsed, directory, observer, progress)
+            from meerkat.runs.local_run import start_run
+        return start_run(parsed, directory, observer, progress)
 
 
 def default_out(source: Source, recipe: Recipe) -> Path:
@@ -287,15 +289,15 @@ def resume(
         MeerkatError: There is no run, or it cannot go on.
     """
     directory, progress = Path(directory), progress or Progress()
-    observer = _observers(observers, progress)
     recipe = recipe_of(directory)
-    if recipe.runtime.engine == "flower":
-        with locked(directory):
-            summary = summary_if_complete(directory, recipe, observer, recover)
-        return summary or _simulate(recipe, directory, observer, progress, new=False)
-    with needed_extra("train"):
-        from meerkat.runs.local_run import resume_run
-    return resume_run(directory, observer, progress, recover)
+    with _observed(recipe, observers, progress) as observer:
+        if recipe.runtime.engine == "flower":
+            with locked(directory):
+                summary = summary_if_complete(directory, recipe, observer, recover)
+            return summary or _simulate(recipe, directory, observer, progress, new=False)
+        with needed_extra("train"):
+            from meerkat.runs.local_run import resume_run
+        return resume_run(directory, observer, progress, recover)
 
 
 def replay(directory: str | Path, rounds: Rounds = None, audit: bool = False) -> Replayed:
@@ -489,9 +491,14 @@ def tune(
     )
 
 
-def _observers(wanted: Sequence[RunObserver] | None, progress: Progress) -> RunObserver:
+@contextmanager
+def _observed(
+    recipe: Recipe, wanted: Sequence[RunObserver] | None, progress: Progress
+) -> Iterator[RunObserver]:
+    """All that a run's events are told."""
     extra = [ReportWriter()] if wanted is None else wanted
-    return Observers([ProgressObserver(progress), SelectionWriter(), *extra])
+    with tracked(recipe) as trackers:
+        yield Observers([ProgressObserver(progress), SelectionWriter(), *trackers, *extra])
 
 
 def _simulate(

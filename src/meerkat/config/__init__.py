@@ -15,6 +15,7 @@ from meerkat.config.sections import (
     Runtime,
     Selection,
     TaskSection,
+    Tracking,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Runtime",
     "Selection",
     "TaskSection",
+    "Tracking",
     "load_recipe",
     "parse_recipe",
 ]

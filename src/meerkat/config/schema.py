@@ -32,6 +32,7 @@ from meerkat.config.sections import (
     Selection,
     SubspaceSection,
     TaskSection,
+    Tracking,
 )
 
 __all__ = ["Recipe", "without_neutral"]
@@ -57,6 +58,7 @@ class Recipe(Section):
     selection: Selection = Selection()
     runtime: Runtime = Runtime()
     network: Network = Network()
+    tracking: Tracking = Tracking()
     seed: Seed = 0
     """Seed of noise, partition, client sampling and data order."""
 
@@ -288,7 +290,7 @@ class Recipe(Section):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides what a run computes."""
-        science = self.resolved.model_dump(mode="json", exclude={"runtime", "network"})
+        science = self.resolved.model_dump(mode="json", exclude={"runtime", "network", "tracking"})
         content = json.dumps(without_neutral(type(self), science), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -299,6 +301,11 @@ class Recipe(Section):
         optimizer = self.optimizer.model_copy(update=rate)
         noise = self.noise.model_copy(update={"kind": self.noise_kind})
         return self.model_copy(update={"optimizer": optimizer, "noise": noise})
+
+    @property
+    def for_clients(self) -> Recipe:
+        """What a client is told: all but who is told of the run."""
+        return self.model_copy(update={"tracking": Tracking()})
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2)

@@ -1,8 +1,9 @@
 """The sections of a recipe and their fields.
 
-Each field is documented here and nowhere else. All of a recipe but `[runtime]` and `[network]` is
-part of the run's fingerprint: `[runtime]` may change how fast a run is, never what it computes, and
-`[network]` who can take part, which the journal records.
+Each field is documented here and nowhere else. All of a recipe but `[runtime]`, `[network]`
+and `[tracking]` is part of the run's fingerprint: `[runtime]` may change how fast a run is, never
+what it computes, `[network]` who can take part, which the journal records, and `[tracking]` who is
+told.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "Seed",
     "Selection",
     "TaskSection",
+    "Tracking",
 ]
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -427,3 +429,15 @@ class Network(Section):
     """A report with a larger |g| is refused."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes of a simulation, each with a model; 0 is as many as there are cores."""
+
+
+class Tracking(Section):
+    """Who is told of a run's figures, by the machine of the run; no client gets this section."""
+
+    to: tuple[str, ...] = ()
+    """Trackers, by name: `tensorboard`, `wandb`, `mlflow`, `trackio`; each is an extra. Where they
+    keep what they are told: docs/tracking.md."""
+    project: Annotated[str, Field(min_length=1)] = "meerkat"
+    """Project (MLflow: experiment) that the run is put into."""
+    name: str | None = None
+    """The run's name there; that of its directory by default."""

@@ -19,6 +19,7 @@ from meerkat.reporting.observer import ReportWriter
 from meerkat.runs.events import Observers
 from meerkat.runs.watching import ProgressObserver, SelectionWriter
 from meerkat.terminal.progress_bar import Bar
+from meerkat.tracking.observer import tracked
 
 __all__ = ["app"]
 
@@ -30,8 +31,10 @@ def main(grid: Grid, context: Context) -> None:
     """Host the run that the run config describes."""
     try:
         settings = read_settings(context.run_config, Path(sys.path[0]))  # the unpacked app
-        with Bar() as progress:
-            observer = Observers([ProgressObserver(progress), SelectionWriter(), ReportWriter()])
+        with Bar() as progress, tracked(settings.recipe) as trackers:
+            observer = Observers(
+                [ProgressObserver(progress), SelectionWriter(), *trackers, ReportWriter()]
+            )
             simulated = isinstance(grid, InMemoryGrid)
             summary = serve(grid, settings, observer, progress, simulated)
     except MeerkatError as error:

@@ -1,10 +1,12 @@
 """A run's directory: what is in it.
 
-DIR/recipe.json      the recipe; only [runtime] and [network] may be edited
+DIR/recipe.json      the recipe; only [runtime], [network] and [tracking] may be edited
 DIR/mask.safetensors the mask
 DIR/mask-000030.safetensors  the mask with the subspace renewed before round 30, and so on
 DIR/journal.sqlite   the record
 DIR/clients.json     who holds the rows of each client, in a simulation with a natural partition
+DIR/tracking.json    what the trackers of `tracking.to` were told; DIR/tensorboard, DIR/wandb and
+                     DIR/mlflow.db are theirs
 DIR/selection.json   who is stopped early and why, where a selection was made
 DIR/summary.json     the figures, once the run is complete
 DIR/report.html      the report, and its pictures under DIR/report/, where an observer draws them
@@ -167,8 +169,8 @@ def open_journal(directory: Path, read_only: bool = True, audit: bool = False) -
             journal.close()
             raise RecipeError(
                 f"{directory / _RECIPE} is not the recipe of this journal (fingerprint "
-                f"{edited.fingerprint[:12]}, journal {kept[:12]}): only [runtime] and "
-                "[network] may change; put it back, or start another run"
+                f"{edited.fingerprint[:12]}, journal {kept[:12]}): only [runtime], "
+                "[tracking] and [network] may change; put it back, or start another run"
             )
     return journal
 

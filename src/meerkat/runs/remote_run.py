@@ -99,7 +99,7 @@ def host(
         proof = Proof(
             header.model, header.space, noise.fingerprint(), header.configuration, mask.probe
         )
-        setup = Setup(recipe.to_json(), proof, secrets.token_hex(16), remember)
+        setup = Setup(recipe.for_clients.to_json(), proof, secrets.token_hex(16), remember)
         federation, network = recipe.federation, recipe.network
         exact = Schedule.of(recipe).must_be_exact
         engines: list[RemoteEngine] = []
