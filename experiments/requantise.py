@@ -93,30 +93,39 @@ def measure(run: Path, examples: int) -> dict[str, dict[str, float]]:
     base = {name: p.detach().numpy().copy() for name, p in matrices(model).items()}
     space.write(mask.weights(state.theta))
     tuned = {name: p.detach().numpy().copy() for name, p in matrices(model).items()}
-    untouched = model.get_input_embeddings().weight.detach().clone()
-
-    def score(weights: dict[str, np.ndarray]) -> float:
-        for name, p in matrices(model).items():
-            p.data.copy_(torch.from_numpy(weights[name]))
-        return accuracy(assembly, examples)
-
-    found = {"none": {"base": score(base), "tuned": score(tuned)}}
     file = types_of_file(recipe.model.name)
-    formats: dict[str, Callable[[str], Kind]] = {
+    formats: dict[str, Callable[[str], Kind] | None] = {
+        "none": None,
+        AS_THE_FILE: lambda name: file[name],
+        "Q4_0": lambda name: Kind.Q4_0,
         "Q8_0": lambda name: Kind.Q8_0,
         "Q5_0": lambda name: Kind.Q5_0,
-        "Q4_0": lambda name: Kind.Q4_0,
-        AS_THE_FILE: lambda name: file[name],
     }
-    embedding_to_q8(model)
+    found: dict[str, dict[str, float]] = {}
     for title, kind in formats.items():
-        before = {name: rounded(weight, kind(name)) for name, weight in base.items()}
-        after = {name: rounded(weight, kind(name)) for name, weight in tuned.items()}
-        figures = survival(base, tuned, before, after, places)
-        found[title] = {**figures, "base": score(before), "tuned": score(after)}
-        print(title, found[title], flush=True)
-    model.get_input_embeddings().weight.data.copy_(untouched)
+        found[title] = {}
+        if kind is not None:
+            before, after = through(base, kind), through(tuned, kind)
+            found[title] = survival(base, tuned, before, after, places)
+            print(title, found[title], flush=True)
+    for title, kind in formats.items():
+        for which, weights in (("fine-tuned", tuned), ("base", base)):
+            for name, p in matrices(model).items():
+                p.data.copy_(
+                    torch.from_numpy(
+                        weights[name] if kind is None else rounded(weights[name], kind(name))
+                    )
+                )
+            found[title][which] = accuracy(assembly, examples)
+            print(title, which, found[title][which], flush=True)
+        if kind is None:
+            embedding_to_q8(model)
     return found
+
+
+def through(weights: dict[str, np.ndarray], kind: Callable[[str], Kind]) -> dict[str, np.ndarray]:
+    """Matrices by name, quantised and read back."""
+    return {name: rounded(weight, kind(name)) for name, weight in weights.items()}
 
 
 def survival(
@@ -169,7 +178,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for title, figures in found.items():
         kept = f"{figures['kept']:.3f} | {figures['along']:.3f}" if "kept" in figures else "1 | 1"
-        print(f"| {title} | {kept} | {figures['base']:.3f} | {figures['tuned']:.3f} |")
+        print(f"| {title} | {kept} | {figures['base']:.3f} | {figures['fine-tuned']:.3f} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
