@@ -32,6 +32,7 @@ from meerkat.models.demo_models import DEMO_MODELS
 from meerkat.runs.assembly import Assembly, EncodedExamples, assemble
 from meerkat.runs.directory import mask_of, mask_path, open_journal, recipe_of
 from meerkat.runs.evaluation import evaluate_objective
+from meerkat.spaces.mask_file import Mask
 from meerkat.spaces.masked import MaskedSpace
 
 AS_THE_FILE = "as the file"
@@ -88,11 +89,7 @@ def measure(run: Path, examples: int) -> dict[str, dict[str, float]]:
     with closing(open_journal(run)) as journal:
         mask, state = mask_of(run, journal), replay(journal)
     model = assembly.loaded.model
-    places = dict(zip(mask.names, mask.indices, strict=True))
-    space = MaskedSpace(model, mask)
-    base = {name: p.detach().numpy().copy() for name, p in matrices(model).items()}
-    space.write(mask.weights(state.theta))
-    tuned = {name: p.detach().numpy().copy() for name, p in matrices(model).items()}
+    weights = Weights(model, mask, mask.weights(state.theta))
     file = types_of_file(recipe.model.name)
     formats: dict[str, Callable[[str], Kind] | None] = {
         "none": None,
@@ -103,18 +100,14 @@ def measure(run: Path, examples: int) -> dict[str, dict[str, float]]:
     }
     found: dict[str, dict[str, float]] = {}
     for title, kind in formats.items():
-        found[title] = {}
-        if kind is not None:
-            before, after = through(base, kind), through(tuned, kind)
-            found[title] = survival(base, tuned, before, after, places)
-            print(title, found[title], flush=True)
+        found[title] = {} if kind is None else survival(weights, kind)
+        print(title, found[title], flush=True)
     for title, kind in formats.items():
-        for which, weights in (("fine-tuned", tuned), ("base", base)):
+        for which in ("fine-tuned", "base"):
             for name, p in matrices(model).items():
+                value = weights.of(name, which == "fine-tuned")
                 p.data.copy_(
-                    torch.from_numpy(
-                        weights[name] if kind is None else rounded(weights[name], kind(name))
-                    )
+                    torch.from_numpy(value if kind is None else rounded(value, kind(name)))
                 )
             found[title][which] = accuracy(assembly, examples)
             print(title, which, found[title][which], flush=True)
@@ -123,18 +116,27 @@ def measure(run: Path, examples: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def through(weights: dict[str, np.ndarray], kind: Callable[[str], Kind]) -> dict[str, np.ndarray]:
-    """Matrices by name, quantised and read back."""
-    return {name: rounded(weight, kind(name)) for name, weight in weights.items()}
+class Weights:
+    """The matrices of base and fine-tuned model, in the memory of one in bfloat16."""
+
+    def __init__(self, model: torch.nn.Module, mask: Mask, theta: np.ndarray):
+        self._base = {n: p.detach().to(torch.bfloat16) for n, p in matrices(model).items()}
+        self.places = dict(zip(mask.names, mask.indices, strict=True))
+        space = MaskedSpace(model, mask)
+        space.write(theta)
+        ends = np.cumsum([len(indices) for indices in mask.indices])[:-1]
+        self._tuned = dict(zip(mask.names, np.split(space.read(), ends), strict=True))
+        space.restore()
+
+    def of(self, name: str, tuned: bool) -> np.ndarray:
+        """A matrix in float32."""
+        value = self._base[name].float().numpy()
+        if tuned and name in self.places:
+            value.reshape(-1)[self.places[name]] = self._tuned[name]
+        return value
 
 
-def survival(
-    base: dict[str, np.ndarray],
-    tuned: dict[str, np.ndarray],
-    before: dict[str, np.ndarray],
-    after: dict[str, np.ndarray],
-    places: dict[str, np.ndarray],
-) -> dict[str, float]:
+def survival(weights: Weights, kind: Callable[[str], Kind]) -> dict[str, float]:
     """How much of the change is there after quantising.
 
     `kept`: share of the changed weights that differ between the two quantised models. `along`: the
@@ -143,9 +145,10 @@ def survival(
     """
     changed = differing = others = 0
     along = square = 0.0
-    for name, indices in places.items():
-        step = (tuned[name].reshape(-1) - base[name].reshape(-1))[indices]
-        left = after[name].reshape(-1) - before[name].reshape(-1)
+    for name, indices in weights.places.items():
+        base, tuned = weights.of(name, False), weights.of(name, True)
+        step = (tuned - base).reshape(-1)[indices]
+        left = (rounded(tuned, kind(name)) - rounded(base, kind(name))).reshape(-1)
         moved = step != 0
         changed += int(moved.sum())
         differing += int((left[indices][moved] != 0).sum())
