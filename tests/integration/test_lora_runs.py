@@ -153,10 +153,10 @@ def test_the_commands(data: dict[str, Any], tmp_path: Path) -> None:
         assert found.exit_code == 0, found.output
 
 
-def test_another_kind_of_run_has_no_factors(tiny_recipe_data: dict, tmp_path: Path) -> None:
-    run(tiny_recipe_data, tmp_path / "run")
-    with pytest.raises(RunError, match=r"--peft: this run moved .* sensitivity mask"):
-        meerkat.export(tmp_path / "run", tmp_path / "adapter", peft=True)
+def test_factors_of_a_run_are_no_entries_of_weights(data: dict[str, Any], tmp_path: Path) -> None:
+    run(data, tmp_path / "run")
+    with pytest.raises(RunError, match=r"--shira: LoRA factors are no entries"):
+        meerkat.export(tmp_path / "run", tmp_path / "adapter", shira=True)
     assert not (tmp_path / "adapter").exists()
 
 

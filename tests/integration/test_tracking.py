@@ -269,11 +269,13 @@ def test_the_calls_to_trackio(
 
     def init(**options: Any) -> types.SimpleNamespace:
         calls.append(("init", options))
-        return types.SimpleNamespace(name=options["name"])
+        return types.SimpleNamespace(
+            name=options["name"],
+            log=lambda figures, step: calls.append(("log", (step, figures))),
+            finish=lambda: calls.append(("finish", None)),
+        )
 
     module.init = init  # type: ignore[attr-defined]
-    module.log = lambda figures, step: calls.append(("log", (step, figures)))  # type: ignore[attr-defined]
-    module.finish = lambda: calls.append(("finish", None))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "trackio", module)
     interrupted(data, tmp_path / "run", "trackio")
     begun = [options for name, options in calls if name == "init"]

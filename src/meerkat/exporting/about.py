@@ -21,6 +21,8 @@ __all__ = ["About", "public_name", "published_recipe"]
 
 _HERE = ("runtime", "network", "tracking")
 """Sections that are about the machine of a run, and not about the run."""
+_TEXTS = ("prompt", "verbalizers")
+"""Fields that are no names of files, whatever they look like."""
 _SUFFIXES = (*FILE_SUFFIXES, ".txt", ".gguf", ".safetensors", ".toml")
 
 
@@ -135,7 +137,7 @@ def public_name(value: str) -> str:
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_paths(part) for key, part in value.items()}
+        return {k: v if k in _TEXTS else _without_paths(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_without_paths(part) for part in value]
     return public_name(value) if isinstance(value, str) else value

@@ -39,9 +39,13 @@ def push_folder(folder: Path, repository: str, public: bool = False) -> str:
         )
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = error.server_message or str(error).splitlines()[0]
+        said = error.server_message or _line(error)
         hint = "; HF_TOKEN, or `hf auth login`, gives a token" if status in (401, 403) else ""
         raise RunError(f"push to {repository}: the hub says {status}: {said}{hint}") from None
     except (HTTPError, OSError, ValueError) as error:
-        raise RunError(f"push to {repository}: {str(error).splitlines()[0]}") from None
+        raise RunError(f"push to {repository}: {_line(error)}") from None
     return str(made)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

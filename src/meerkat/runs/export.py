@@ -68,13 +68,8 @@ def save_factors(mask: Mask, theta: Theta, alpha: float, base: str, folder: Path
     """Write the factors of a LoRA run as peft's adapter of its base model.
 
     Raises:
-        RunError: The run has no factors, the folder is not empty, or peft is not installed.
+        RunError: The folder is not empty, or peft is not installed.
     """
-    if mask.kind != "lora":
-        raise RunError(
-            f"--peft: this run moved the weights of a {mask.kind} mask, not LoRA factors; leave it "
-            "out, or take --delta for a small file"
-        )
     check_empty(folder)
     save_adapter(_factors(mask, theta), alpha, base, folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from meerkat.tracking.base import Tracked, Tracker, Value
 
@@ -19,7 +20,8 @@ class TrackioTracker(Tracker):
     def start(self, run: Tracked, known: str | None) -> str:
         import trackio
 
-        begun = trackio.init(
+        # An object of its own: trackio's functions act on the run of the calling thread.
+        self._run: Any = trackio.init(
             project=run.project,
             name=known or run.name,
             config=dict(run.settings),
@@ -28,21 +30,15 @@ class TrackioTracker(Tracker):
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        return str(begun.name)
+        return str(self._run.name)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
-        import trackio
-
-        trackio.log(dict(figures), step=step)
+        self._run.log(dict(figures), step=step)
 
     def end(self, summary: Mapping[str, Value]) -> None:
-        import trackio
-
         numbers = {n: v for n, v in summary.items() if not isinstance(v, str)}
-        trackio.log({f"summary/{n}": v for n, v in numbers.items()}, step=int(numbers["rounds"]))
-        trackio.finish()
+        self._run.log({f"summary/{n}": v for n, v in numbers.items()}, step=int(numbers["rounds"]))
+        self._run.finish()
 
     def leave(self) -> None:
-        import trackio
-
-        trackio.finish()
+        self._run.finish()
