@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meerkat.config import Recipe, load_recipe, parse_recipe
+from meerkat.config.reading import with_files
 from meerkat.errors import RunError
 from meerkat.extras import needed_extra
 from meerkat.journal import replay as replay_journal
@@ -42,6 +43,7 @@ from meerkat.zo.state import ModelState, Theta
 if TYPE_CHECKING:
     from meerkat.comparison.comparing import Comparison
     from meerkat.comparison.tuning import Tuned
+    from meerkat.runs.answers import Answered
     from meerkat.runs.finding_mask import FoundMask
     from meerkat.runs.plan_figures import Plan
     from meerkat.spaces.base import ParameterSpace
@@ -324,6 +326,8 @@ def evaluate(
     rounds: Rounds = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    show: int = 0,
+    shown: Callable[[Answered], None] = lambda answered: None,
 ) -> Evaluated:
     """The metrics of a run, or of any model under a recipe's task.
 
@@ -333,12 +337,14 @@ def evaluate(
         split: `test` (held out, without validation examples), `validation`, or `train`.
         examples: At most so many; the recipe's number by default.
         rounds: θ after so many rounds of the run; `best` is the one with the best validation score.
+        show: So many examples, the first, whose answers are given to `shown` before the evaluation.
 
     Raises:
         MeerkatError: The target, the recipe or the split is not usable.
     """
     with needed_extra("train"):
         from meerkat.data.clients import examples_of
+        from meerkat.runs.answers import answers
         from meerkat.runs.assembly import EncodedExamples, assemble
         from meerkat.runs.evaluation import evaluate_objective
         from meerkat.spaces.linear import space_of
@@ -372,7 +378,11 @@ def evaluate(
         space.write(state.theta)
     encoded = EncodedExamples(chosen, assembly.encoder)
     try:
-        return evaluate_objective(assembly.objective, encoded, assembly.metrics, progress=progress)
+        for answered in answers(assembly, encoded[:show]):
+            shown(answered)
+        return evaluate_objective(
+            assembly.objective, encoded, assembly.metrics, progress=progress, write=assembly.write
+        )
     finally:
         if space is not None:
             space.restore()
@@ -513,5 +523,5 @@ def _recipe(source: Source, overrides: Sequence[str]) -> Recipe:
     if isinstance(source, Recipe):
         if not overrides:
             return source
-        return parse_recipe(source.model_dump(mode="json"), overrides)
+        return with_files(parse_recipe(source.model_dump(mode="json"), overrides))
     return load_recipe(source, overrides)

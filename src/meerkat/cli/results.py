@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,10 @@ from meerkat.cli.application import (
     console,
 )
 from meerkat.terminal.progress_bar import Bar
-from meerkat.terminal.tables import figures_table, gradip_table
+from meerkat.terminal.tables import answer_lines, figures_table, gradip_table
+
+if TYPE_CHECKING:  # the help texts need no torch
+    from meerkat.runs.answers import Answered
 
 __all__ = ["bench", "evaluate", "export", "gradip", "push", "replay", "report"]
 
@@ -68,6 +71,9 @@ def evaluate(
     rounds: RoundOption = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    show: Annotated[
+        int, typer.Option(help="Print the model's answers to so many examples, too.", min=0)
+    ] = 0,
     harness: Annotated[
         str | None,
         typer.Option(help="Instead: these tasks of lm-evaluation-harness.", metavar="TASK,TASK"),
@@ -87,13 +93,23 @@ def evaluate(
         results = api.harness(target, tasks, include_path, limit, recipe, rounds, overrides or ())
         _print_harness(results, as_json)
         return
+    answers: list[Answered] = []
     with Bar() as progress:
-        found = api.evaluate(target, recipe, split, examples, rounds, overrides or (), progress)
+        found = api.evaluate(
+            target, recipe, split, examples, rounds, overrides or (), progress, show, answers.append
+        )
     figures = {
         **found.metrics,
         "examples": found.examples,
         "split": split,
     }
+    if as_json:
+        told = {"answers": [asdict(answered) for answered in answers]} if show else {}
+        print(json.dumps(figures | told, indent=2))
+        return
+    for answered in answers:
+        for line in answer_lines(answered):
+            console.print(line, markup=False, highlight=False)
     _print_figures(figures, as_json)
 
 

@@ -234,6 +234,7 @@ def _evaluate(assembly: Assembly, round: int) -> Evaluated:
         round,
         assembly.progress,
         validation=assembly.validation,
+        write=assembly.write,
     )
 
 

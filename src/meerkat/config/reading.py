@@ -19,6 +19,7 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "read_data",
+    "with_files",
     "with_overrides",
     "with_settings",
 ]
@@ -31,7 +32,27 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: The file is missing or malformed, or a field is not valid.
     """
     path = Path(path)
-    return parse_recipe(read_data(path), overrides, origin=str(path))
+    return with_files(parse_recipe(read_data(path), overrides, origin=str(path)))
+
+
+def with_files(recipe: Recipe) -> Recipe:
+    """A recipe of one's own with the contents of a file that it names in place of the name.
+
+    Whoever is sent a recipe, or goes on with a run, needs no such file.
+
+    Raises:
+        RecipeError: The file of `task.chat_template` is missing or unreadable.
+    """
+    name = recipe.task.chat_template
+    if name is None or "{" in name or not name.endswith(".jinja"):
+        return recipe
+    try:
+        text = Path(name).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise RecipeError(f"task.chat_template = {name!r} cannot be read: {reason}") from None
+    task = recipe.task.model_copy(update={"chat_template": text})
+    return recipe.model_copy(update={"task": task})
 
 
 def read_data(path: Path) -> dict[str, Any]:

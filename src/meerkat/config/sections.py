@@ -202,6 +202,16 @@ class TaskSection(Section):
     """Split that `evaluation.validation` examples come from; without one, from those that are held
     out and not tested on. What of it is in the test split is left out, and so is what of it is in
     the training split there."""
+    format: Annotated[
+        Literal["columns", "chat", "messages", "sharegpt", "alpaca"], Neutral("columns")
+    ] = "columns"
+    """What a row of a custom task is: `columns` for a prompt, or a conversation, whose loss is that
+    of the assistant's tokens. `messages`: a list of `{role, content}`; `sharegpt`: a list
+    `conversations` of `{from, value}`; `alpaca`: `instruction`, maybe `input`, `output`; `chat`:
+    the one of them that the columns show."""
+    chat_template: Annotated[str | None, Neutral(None)] = None
+    """The Jinja template of a conversation, or a `.jinja` file that holds it, which is read with
+    the recipe; by default that of the model's tokenizer."""
     prompt: str | None = None
     """Template with `{column}` fields, if not the task's."""
     label: str | None = None
@@ -314,9 +324,14 @@ class Noise(Section):
 
 
 class Evaluation(Section):
-    metrics: Annotated[tuple[str, ...], Neutral([])] = ()
+    metrics: Annotated[tuple[Choice, ...], Neutral([])] = ()
     """Metrics besides the loss, by name; empty means those of the kind of task. See
-    `tasks.metrics`."""
+    `tasks.metrics`; `module:function` is one of your own."""
+    max_new_tokens: Annotated[int, Field(ge=1, lt=2**16), Neutral(64)] = 64
+    """Longest answer in tokens that the model writes, where a metric compares written answers."""
+    stop: Annotated[tuple[str, ...] | None, Neutral(None)] = None
+    """Texts before which a written answer ends, besides the model's own end; a new line by default
+    in a task with `answer`, which teaches no end, and none in a conversation."""
     examples: Count = 512
     """Held-out examples; fewer where the data set has fewer."""
     every: Annotated[int, Field(ge=0)] = 0

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from meerkat.config import Recipe
+from meerkat.data.conversations import conversation_row
 from meerkat.data.partition import label_counts, partition
 from meerkat.data.sources import Split, load_examples
 from meerkat.errors import DataError, RunError
@@ -144,6 +145,8 @@ def _check_validation(recipe: Recipe, split: Split) -> None:
 def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
     """Write the examples of each client K to `client-K/train.csv`, `test.csv`, `validation.csv`.
 
+    Conversations go to `.jsonl` files.
+
     To try a deployment with a partition of one data set: a node that is given such a folder holds
     exactly what client K holds in a simulation.
 
@@ -160,18 +163,25 @@ def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
         folder = to / f"client-{client}"
         folder.mkdir(parents=True)
         folders.append(folder)
-        _write(task, [split.train[index] for index in part], folder / "train.csv")
-        held_out = {
-            "test.csv": held_out_shard(recipe, split, client),
-            "validation.csv": validation_shard(recipe, split, client),
+        parts_of = {
+            "train": [split.train[index] for index in part],
+            "test": held_out_shard(recipe, split, client),
+            "validation": validation_shard(recipe, split, client),
         }
-        for name, examples in held_out.items():
-            if examples:
+        for name, examples in parts_of.items():
+            if examples or name == "train":
                 _write(task, examples, folder / name)
     return folders
 
 
-def _write(task: Task, examples: Sequence[Example], path: Path) -> None:
+def _write(task: Task, examples: Sequence[Example], stem: Path) -> None:
+    """Write examples to a file whose type fits the task."""
+    if task.is_chat:
+        rows = (conversation_row(task.format, example) for example in examples)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        stem.with_suffix(".jsonl").write_text(lines, "utf-8")
+        return
+    path = stem.with_suffix(".csv")
     fields = tuple(dict.fromkeys(task.fields))
     answer = task.answer if task.answer is not None else task.label
     with path.open("w", newline="", encoding="utf-8") as file:

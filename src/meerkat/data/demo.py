@@ -108,6 +108,17 @@ def _four_sections() -> Iterator[Row]:
     return _records(table[table["section"].isin(_FOUR_SECTIONS)])
 
 
+def _debian_chat() -> Iterator[Row]:
+    """Each package as a question and its answer, in the form of OpenAI's messages."""
+    for row in _debian():
+        question = f"What is the Debian package {row['package']}? Answer in a few words."
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": row["text"]},
+        ]
+        yield {"messages": messages, "maintainer": row["maintainer"]}
+
+
 def _wordnet() -> Iterator[Row]:
     return _records(snapshot("wordnet"))
 
@@ -124,7 +135,7 @@ def _chinese_reviews() -> Iterator[Row]:
 
 DEMO_SOURCES: Mapping[str, Mapping[str | None, Callable[[], Iterator[Row]]]] = {
     "demo": {None: _films},
-    "demo:debian": {None: _debian, "four-sections": _four_sections},
+    "demo:debian": {None: _debian, "four-sections": _four_sections, "chat": _debian_chat},
     "demo:wordnet": {None: _wordnet},
     "demo:chinese-reviews": {None: _chinese_reviews},
 }

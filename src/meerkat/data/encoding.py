@@ -18,11 +18,30 @@ class Encoded:
 
     The answers share the prompt: one for each verbalizer, or the one free text. The last token
     of an answer is a target only; the model never reads it.
+
+    A conversation has one answer, all that follows its first prompt, of which parts are scored.
     """
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
     label: int
+    spans: tuple[tuple[int, int], ...] = ()
+    """First token and the one after the last of each part of the one answer that is scored; all of
+    an answer is where there are none."""
+    reference: str = ""
+    """The answer as text, where it is free."""
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """What the model reads before it writes the last answer."""
+        if not self.spans:
+            return self.prompt
+        return self.prompt + self.answers[0][: self.spans[-1][0]]
+
+    def scored(self, which: int) -> list[int]:
+        """Places of an answer's tokens that are scored."""
+        spans = self.spans or ((0, len(self.answers[which])),)
+        return [place for first, after in spans for place in range(first, after)]
 
 
 class Encoder:
@@ -54,7 +73,8 @@ class Encoder:
         """
         answers = self.verbalizers or (self._answer(example.answer),)
         room = self.max_length - max(map(len, answers)) + 1
-        return Encoded(tuple(self._fit(example, room)), answers, example.label)
+        prompt = tuple(self._fit(example, room))
+        return Encoded(prompt, answers, example.label, reference=example.answer)
 
     def _fit(self, example: Example, room: int) -> list[int]:
         """The prompt in at most `room` tokens, with as much of the text as fits."""

@@ -51,7 +51,7 @@ class PackedBatch:
     answer: Int64[Tensor, " N"]
     """Which answer a target belongs to, counted over S · A."""
     weight: Float32[Tensor, " N"]
-    """1 / length of that answer."""
+    """1 / number of that answer's targets."""
     labels: Int64[Tensor, " S"]
     candidates: Int64[Tensor, " A"] | None
     """The answers, where all are one token and the same for all examples: the only rows of the
@@ -90,7 +90,8 @@ def packs(
     group: list[Encoded] = []
     total = scored = 0
     for example in examples:
-        length, answers = len(_tokens(example)), sum(map(len, example.answers))
+        length = len(_tokens(example))
+        answers = sum(len(example.scored(which)) for which in range(len(example.answers)))
         full = scored_per_pass is not None and scored + answers > scored_per_pass
         if group and (full or total + length > tokens_per_pass):
             yield pack(group)
@@ -123,11 +124,11 @@ def pack(examples: Sequence[Encoded]) -> PackedBatch:
         if one_token:
             scored.append(start + len(example.prompt) - 1)
             continue
-        for place, token, which in _targets(example):
+        for place, token, which, share in _targets(example):
             scored.append(start + place)
             targets.append(token)
             answer.append(number * answers + which)
-            weight.append(1.0 / len(example.answers[which]))
+            weight.append(share)
     return PackedBatch(
         input_ids=torch.tensor([[t for example in examples for t in _tokens(example)]]),
         position_ids=torch.tensor([[p for example in examples for p in _positions(example)]]),
@@ -153,14 +154,15 @@ def _positions(example: Encoded) -> list[int]:
     return [*range(end), *(position for branch in branches for position in branch)]
 
 
-def _targets(example: Encoded) -> Iterator[tuple[int, int, int]]:
-    """(place, next token, answer) of each token to score, places counted within the example."""
+def _targets(example: Encoded) -> Iterator[tuple[int, int, int, float]]:
+    """(place, next token, answer, weight) of each token to score; places within the example."""
     branch = len(example.prompt)
     for which, answer in enumerate(example.answers):
-        for index, token in enumerate(answer):
+        scored = example.scored(which)
+        for index in scored:
             # The first token follows the prompt, the others the token before them.
             place = len(example.prompt) - 1 if index == 0 else branch + index - 1
-            yield place, token, which
+            yield place, answer[index], which, 1.0 / len(scored)
         branch += len(answer) - 1
 
 

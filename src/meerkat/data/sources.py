@@ -14,6 +14,7 @@ import pandas
 from datasets.exceptions import DatasetsError
 
 from meerkat.config import TaskSection
+from meerkat.data.conversations import conversation_example
 from meerkat.data.demo import demo_rows
 from meerkat.errors import DataError
 from meerkat.tasks import Example, Task
@@ -153,9 +154,11 @@ def _unique(examples: Iterable[Example]) -> dict[_Key, Example]:
 def _examples(task: Task, split: str) -> Iterator[Example]:
     labels = {name: index for index, name in enumerate(task.label_names)}
     needed = (*task.fields, task.answer if task.answer is not None else task.label)
-    needed = needed if task.holder is None else (*needed, task.holder)
     for number, row in enumerate(_rows(task, split), start=1):
         where = f"task.source = {task.source!r}, {split} row {number}"
+        if task.is_chat:
+            yield conversation_example(task.format, row, _holder(task, row, where), where)
+            continue
         missing = [column for column in needed if column not in row]
         if missing:
             raise DataError(
@@ -181,9 +184,15 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
 
 
 def _holder(task: Task, row: Mapping[str, Any], where: str) -> str:
-    """Who holds a row, as far as the task says."""
+    """Who holds a row, where the task names a column for that.
+
+    Raises:
+        DataError: There is no such column, or it is empty.
+    """
     if task.holder is None:
         return ""
+    if task.holder not in row:
+        raise DataError(f"{where}: no column {task.holder!r}; columns: {', '.join(map(str, row))}")
     if _is_blank(row[task.holder]):
         raise DataError(
             f"{where}: column {task.holder!r}, which says who holds a row, is empty; remove the "

@@ -6,28 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.errors import DataError
-from meerkat.tasks import Example, Task
+from meerkat.tasks import Example
 
-__all__ = ["UNSCORED", "TokenEncoder", "encoder_of", "split_of"]
+__all__ = ["UNSCORED", "TokenEncoder", "split_of"]
 
 UNSCORED = -100
 """The label of a token that is read and not scored."""
-
-
-def encoder_of(
-    task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, window: int
-) -> Encoder:
-    """The encoder of a task's examples.
-
-    Raises:
-        DataError: As `Encoder`.
-    """
-    kind = TokenEncoder if task.is_tokens else Encoder
-    return kind(task, tokenizer, max_length, window)
 
 
 class TokenEncoder(Encoder):

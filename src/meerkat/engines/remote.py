@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -25,6 +25,7 @@ from meerkat.engines.requests import EvaluationRequest, OpenRequest, Request, Ro
 from meerkat.errors import ProtocolError, RunError
 from meerkat.journal.records import Evaluated
 from meerkat.spaces.mask_file import Mask
+from meerkat.tasks.metrics import Metric
 from meerkat.tasks.metrics.validation import of_validation
 from meerkat.transport.base import Event, Transport
 from meerkat.transport.client_frames import Failed, Hello, Need, WantSpace, decode_up
@@ -150,14 +151,14 @@ class RemoteEngine:
         round: int,
         state: ModelState,
         log: Log,
-        metrics: Sequence[str],
+        metrics: Mapping[str, Metric],
         classes: int,
         validates: bool = False,
     ) -> Evaluated:
         """Metrics of a state over the held-out examples of all clients that are connected.
 
         Args:
-            metrics: Names of the run's metrics.
+            metrics: The run's metrics by name.
             classes: Of the task; 1 for free text.
             validates: Does the run keep examples to choose a round by?
 

@@ -14,8 +14,13 @@ from meerkat.errors import ProtocolError
 from meerkat.federation.aggregation import largest
 from meerkat.federation.messages import CALIBRATION, ClientReport, RoundPlan
 from meerkat.journal.records import Evaluated
-from meerkat.tasks.metrics import LOSS, Sums, metric_of, metric_values
-from meerkat.tasks.metrics.validation import VALIDATION_EXAMPLES, of_validation, on_validation
+from meerkat.tasks.metrics import LOSS, Metric, Sums, metric_values
+from meerkat.tasks.metrics.validation import (
+    VALIDATION,
+    VALIDATION_EXAMPLES,
+    of_validation,
+    on_validation,
+)
 from meerkat.transport.client_frames import Evaluation, Hello, Report
 from meerkat.transport.frame import DownFrame, UpFrame, encode
 from meerkat.transport.messages import AXIS_BYTES, ENTRY_BYTES
@@ -158,7 +163,7 @@ class EvaluationRequest:
     """Evaluation of a state on the clients' held-out examples, of which clients send sums only.
 
     Args:
-        metrics: Names of the run's metrics.
+        metrics: The run's metrics by name.
         classes: Of the task; 1 for free text.
         validates: Does the run keep examples to choose a round by?
     """
@@ -168,13 +173,13 @@ class EvaluationRequest:
         round: int,
         state: ModelState,
         log: Log,
-        metrics: Sequence[str],
+        metrics: Mapping[str, Metric],
         classes: int,
         validates: bool = False,
     ):
         self.name = f"evaluation after {round} rounds"
         self._round, self._end = round, len(log)
-        self._metrics, self._classes = tuple(metrics), classes
+        self._metrics, self._classes = metrics, classes
         self._validates = validates
         self._catch_up = _CatchUp(state, log)
         self._encoded: _Variants[int | None, list[bytes]] = _Variants()
@@ -202,14 +207,15 @@ class EvaluationRequest:
             raise ProtocolError(f"{type(frame).__name__.lower()} instead of the evaluation")
         validation = self._validation_examples(frame)
         tested = frame.examples - validation
-        names = self._metrics if tested else ()
+        names = tuple(self._metrics) if tested else ()
         if validation:
-            names = (*names, *on_validation(dict.fromkeys(self._metrics)), VALIDATION_EXAMPLES)
+            names = (*names, *on_validation(self._metrics), VALIDATION_EXAMPLES)
         if tuple(frame.sums) != names:
             raise ProtocolError(f"its metrics are not the run's: {', '.join(names)}")
         _check_examples(hello.held_out, frame.examples)
         for name, sums in frame.sums.items():
-            metric, count = metric_of(name), validation if name not in self._metrics else tested
+            metric = self._metrics.get(name.removeprefix(VALIDATION))
+            count = validation if name not in self._metrics else tested
             if metric and not metric.is_possible(np.array(sums), count, self._classes):
                 raise ProtocolError(f"its {name} of {count} examples is not possible")
         self._answers[client] = frame
@@ -235,11 +241,11 @@ class EvaluationRequest:
         validation = sum(map(self._validation_examples, answers))
         examples = sum(answer.examples for answer in answers) - validation
         tests = [answer.sums for answer in answers if LOSS in answer.sums]
-        values = metric_values(self._total(tests), examples)
+        values = metric_values(self._total(tests), examples, self._metrics)
         others = [of_validation(answer.sums) for answer in answers]
         if validation:
             sums = self._total([found for found in others if found])
-            values |= on_validation(metric_values(sums, validation))
+            values |= on_validation(metric_values(sums, validation, self._metrics))
         return Evaluated(self._round, values, examples, seconds)
 
     def _total(self, answers: Sequence[Mapping[str, tuple[float, ...]]]) -> dict[str, Sums]:

@@ -29,7 +29,7 @@ from meerkat.runs.remote_run import check_algorithm, host, load_server_mask
 from meerkat.runs.renewal import MakeMask
 from meerkat.spaces.mask_file import Mask
 from meerkat.tasks import resolve_task
-from meerkat.tasks.metrics import METRICS, metric_names
+from meerkat.tasks.metrics import metrics_of
 from meerkat.tasks.metrics.validation import VALIDATION_EXAMPLES, on_validation
 from meerkat.tasks.objective import Predictions
 from meerkat.transport.base import Transport
@@ -226,8 +226,8 @@ def largest_client_frame(recipe: Recipe) -> int:
     task = resolve_task(recipe.task)
     one = np.zeros(1, np.int64)
     found = Predictions(np.zeros(1), one, one, max(1, len(task.verbalizers)))
-    names = metric_names(recipe.evaluation.metrics, task.has_classes)
-    sums = {name: tuple(METRICS[name].sums(found).tolist()) for name in names}
+    metrics = metrics_of(recipe.evaluation.metrics, task.has_classes)
+    sums = {name: tuple(metric.sums(found).tolist()) for name, metric in metrics.items()}
     if recipe.evaluation.validation:
         sums |= {**on_validation(sums), VALIDATION_EXAMPLES: (1.0,)}
     return _OTHER_BYTES + max(report, len(encode(Evaluation(0, 1, sums))))

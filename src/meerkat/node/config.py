@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from meerkat.config import Recipe, Runtime, parse_recipe
 from meerkat.errors import ProtocolError, RecipeError
 from meerkat.models.demo_models import DEMO
+from meerkat.tasks.metrics import functions_in
 
 __all__ = ["NodeConfig"]
 
@@ -45,6 +46,12 @@ class NodeConfig:
     """Models that a server's recipe may name, as patterns; by `--node-config` the demo's alone."""
     allow_sources: tuple[str, ...] = ("*",)
     """Data that it may name where the node has none of its own; from `--node-config` the demo's."""
+    allow_functions: tuple[str, ...] = ("*",)
+    """Functions (`module:function`) that it may name, and which the node then imports, as patterns;
+    by `--node-config` none."""
+    allow_template: bool = True
+    """May it bring a chat template, which is a program in a sandbox? By `--node-config` not: the
+    template is then that of the node's model."""
     most_tokens: int = 65536
     """Most tokens in one forward pass and in an example, and most examples in a batch."""
     gradients: bool = False
@@ -69,6 +76,8 @@ class NodeConfig:
             "theta": str,
             "allow-models": _names,
             "allow-sources": _names,
+            "allow-functions": _names,
+            "allow-template": _bool,
             "most-tokens": int,
             "gradients": _bool,
             "num-partitions": int,
@@ -103,7 +112,12 @@ class NodeConfig:
             raise RecipeError(f"--node-config most-tokens = {found['most-tokens']} is less than 1")
         found.pop("num-partitions", None)
         # In a simulation the server's operator is the node's.
-        strict: dict[str, Any] = {"allow-models": (DEMO,), "allow-sources": ("demo",)}
+        strict: dict[str, Any] = {
+            "allow-models": (DEMO,),
+            "allow-sources": ("demo",),
+            "allow-functions": (),
+            "allow-template": False,
+        }
         if trusted:
             strict = {"gradients": True}
         fields = {name.replace("-", "_"): value for name, value in (strict | found).items()}
@@ -167,6 +181,7 @@ class NodeConfig:
                     f"the server's {field} = {name!r} is not allowed at this node; add it to "
                     f"--node-config {setting}, or set the node's own"
                 )
+        self._check_code(recipe)
         for field, size in (
             ("task.max_length", recipe.task.max_length),
             ("federation.batch_size", recipe.federation.batch_size),
@@ -176,6 +191,25 @@ class NodeConfig:
                     f"the server's {field} = {size} is more than --node-config most-tokens = "
                     f"{self.most_tokens}"
                 )
+
+    def _check_code(self, recipe: Recipe) -> None:
+        """Does the operator let a server name these functions, and bring a chat template?
+
+        Raises:
+            RecipeError: No; the line names the setting that would.
+        """
+        for name in functions_in(recipe.evaluation.metrics):
+            if not any(fnmatchcase(name, pattern) for pattern in self.allow_functions):
+                raise RecipeError(
+                    f"the server's evaluation.metrics names the function {name!r}, which is not "
+                    "allowed at this node; look at what it does, and add it to --node-config "
+                    "allow-functions"
+                )
+        if recipe.task.chat_template is not None and not self.allow_template:
+            raise RecipeError(
+                "the server's task.chat_template is not allowed at this node; set --node-config "
+                "allow-template=true"
+            )
 
 
 def _names(text: Any) -> tuple[str, ...]:

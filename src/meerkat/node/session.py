@@ -238,9 +238,10 @@ class ClientSession:
         client, metrics = self._node.client, self._runtime.assembly.metrics
         examples, validation = self._runtime.held_out(client), self._runtime.validation(client)
         worker.space.write(worker.state.theta)
-        found = evaluation_sums(worker.objective, examples, metrics)
+        write = self._runtime.assembly.write
+        found = evaluation_sums(worker.objective, examples, metrics, write)
         if validation:
-            found |= on_validation(evaluation_sums(worker.objective, validation, metrics))
+            found |= on_validation(evaluation_sums(worker.objective, validation, metrics, write))
             found[VALIDATION_EXAMPLES] = np.array([len(validation)], np.float64)
         if not all(np.isfinite(sums).all() for sums in found.values()):
             raise DivergedError("the loss on its held-out examples is not finite")

@@ -15,25 +15,28 @@ from torch import nn
 
 from meerkat.algorithms import make_algorithm
 from meerkat.config import MaskSection, Recipe
+from meerkat.data.chat_encoding import ChatEncoder
 from meerkat.data.clients import (
     client_holders,
     client_label_counts,
     load_partition,
     validation_examples,
 )
+from meerkat.data.encoders import encoder_of
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
-from meerkat.data.token_rows import encoder_of
 from meerkat.errors import DataError, MaskError, ModelError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
 from meerkat.models.adapters import adapt, linear_weights, require_peft
+from meerkat.models.generation import writer
 from meerkat.models.loading import LoadedModel, cache_dir, load_model
 from meerkat.models.objective import TextObjective
 from meerkat.models.prefix import KeptActivations
 from meerkat.models.quantised import quantise
 from meerkat.progress import Progress
+from meerkat.runs.evaluation import Write
 from meerkat.runs.finding_mask import FoundMask, check_factors, find_mask
 from meerkat.runs.finding_subspace import find_subspace
 from meerkat.spaces.device_noise import place_on, stream_on
@@ -42,7 +45,8 @@ from meerkat.spaces.mask_criteria import decoder_blocks, eligible_parameters, st
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
-from meerkat.tasks.metrics import metric_names
+from meerkat.tasks.base import MESSAGES
+from meerkat.tasks.metrics import Metric, metrics_of, prepare
 from meerkat.zo.noise import permutation
 
 __all__ = ["Assembly", "EncodedExamples", "FoundMask", "adapt_model", "assemble"]
@@ -55,7 +59,7 @@ _logger = logging.getLogger(__name__)
 class EncodedExamples(Sequence[Encoded]):
     """Examples that are encoded when they are first read."""
 
-    def __init__(self, examples: Sequence[Example], encoder: Encoder):
+    def __init__(self, examples: Sequence[Example], encoder: Encoder | ChatEncoder):
         self._examples = examples
         self._encoder = encoder
         self._encoded: dict[int, Encoded] = {}
@@ -92,12 +96,21 @@ class Assembly:
     """Mask file that replaces the recipe's `mask` section."""
 
     @cached_property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics of an evaluation."""
-        return metric_names(self.recipe.evaluation.metrics, self.task.has_classes)
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of an evaluation by name."""
+        return metrics_of(self.recipe.evaluation.metrics, self.task.has_classes)
+
+    @property
+    def write(self) -> Write:
+        """What the model writes in the place of examples' answers, at the weights as they are."""
+        evaluation = self.recipe.evaluation
+        stop = evaluation.stop
+        if stop is None:
+            stop = () if self.task.is_chat else ("\n",)
+        return writer(self.loaded, evaluation.max_new_tokens, stop)
 
     @cached_property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Encoder | ChatEncoder:
         section = self.recipe.task
         return encoder_of(self.task, self.loaded.tokenizer, section.max_length, self.loaded.window)
 
@@ -221,10 +234,7 @@ class Assembly:
         """
         if self.task.is_tokens:
             raise DataError("mask.kind = 'union' needs texts, and task.name = 'tokens' has none")
-        return [
-            [self.task.prompt.format(**self.split.train[i].fields) for i in part]
-            for part in self.parts
-        ]
+        return [[_text_of(self.task, self.split.train[i]) for i in part] for part in self.parts]
 
     def example_batches(self) -> list[list[Encoded]]:
         """Labelled examples of all clients in batches, for the task mask.
@@ -238,6 +248,13 @@ class Assembly:
         order = permutation(section.seed, (2, 2), len(held))[: count * size]
         examples = EncodedExamples([self.split.train[held[place]] for place in order], self.encoder)
         return [examples[first : first + size] for first in range(0, count * size, size)]
+
+
+def _text_of(task: Task, example: Example) -> str:
+    """An example as text, without what a model is to answer."""
+    if task.is_chat:
+        return "\n".join(message["content"] for message in example.fields[MESSAGES])
+    return task.prompt.format(**example.fields)
 
 
 def assemble(
@@ -275,8 +292,10 @@ def assemble(
     if recipe.mask.kind == "lora":
         adapt_model(loaded, recipe.mask)
     assembly = Assembly(recipe, loaded, task, split, parts, progress, mask_file)
-    _ = assembly.metrics
-    _ = assembly.encoder  # the verbalizers are checked here, before a long calibration
+    prepare(assembly.metrics)
+    encoder = assembly.encoder  # the verbalizers are checked here, before a long calibration
+    if isinstance(encoder, ChatEncoder):
+        encoder.check([*split.train, *split.test, *split.validation])
     progress.advance()
     return assembly
 

@@ -17,7 +17,7 @@ from meerkat.config import Recipe
 from meerkat.errors import RunError
 from meerkat.journal import Journal
 from meerkat.journal.records import Evaluated
-from meerkat.tasks.metrics import LOSS, METRICS
+from meerkat.tasks.metrics import LOSS, metric_of
 from meerkat.tasks.metrics.validation import of_validation
 
 __all__ = ["Rounds", "best_evaluation", "is_complete", "last_round", "score_of", "wanted_rounds"]
@@ -46,7 +46,7 @@ def score_of(found: Evaluated) -> tuple[float, ...] | None:
 
 def _signed(name: str, value: float) -> float:
     """A metric so that more is better; one that is not known is taken to be so."""
-    metric = METRICS.get(name)
+    metric = metric_of(name)
     return -value if metric is not None and metric.lower_is_better else value
 
 

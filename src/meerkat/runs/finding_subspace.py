@@ -14,6 +14,7 @@ from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from meerkat.config.sections import SubspaceSection
+from meerkat.data.chat_encoding import ChatEncoder
 from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.packing import PackedBatch, pack
 from meerkat.errors import RecipeError
@@ -50,7 +51,7 @@ class _Sources(Sources, Protocol):
     @property
     def task(self) -> Task: ...
     @property
-    def encoder(self) -> Encoder: ...
+    def encoder(self) -> Encoder | ChatEncoder: ...
 
 
 def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> FoundMask:
@@ -119,7 +120,9 @@ def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[s
     """All that the bits of an aligned subspace, and of the mask's file with it, follow from."""
     loaded, task, of_corpus = sources.loaded, sources.task, corpus_of(sources, section)
     gradient = b"" if mask.gradient is None else mask.gradient.tobytes()
-    return {
+    encoder = sources.encoder
+    chat = {"template": encoder.template.text} if isinstance(encoder, ChatEncoder) else {}
+    return chat | {
         "method": _METHOD,
         "model": [loaded.fingerprint, loaded.configuration],
         "mask": [mask.digest, mask.kind, hashlib.sha256(gradient).hexdigest()],

@@ -135,6 +135,7 @@ def _execute(
             round,
             progress,
             validation=assembly.validation,
+            write=assembly.write,
         )
         more = given.measure(assembly)
         return replace(found, metrics={**found.metrics, **more}) if more else found

@@ -28,7 +28,7 @@ from meerkat.runs.renewal import MakeMask, wait_for_file
 from meerkat.spaces.mask_file import Mask, load_mask
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import resolve_task
-from meerkat.tasks.metrics import metric_names
+from meerkat.tasks.metrics import metrics_of
 from meerkat.transport.base import Transport
 from meerkat.transport.handshake import Proof
 from meerkat.transport.server_frames import Setup
@@ -94,7 +94,7 @@ def host(
         check_algorithm(recipe, mask.dimensions)  # a wrong choice shows before any client joins
         task = resolve_task(recipe.task)
         check_subspace(mask.subspace, recipe.subspace, task)
-        metrics = metric_names(recipe.evaluation.metrics, task.has_classes)
+        metrics = metrics_of(recipe.evaluation.metrics, task.has_classes)
         header = header_of(recipe, mask, task.verbalizers, *label_counts)
         proof = Proof(
             header.model, header.space, noise.fingerprint(), header.configuration, mask.probe

@@ -1,7 +1,8 @@
 """Texts that the model writes itself, for a subspace without a corpus (method.md section 9).
 
 Each follows the end of the task's prompt with one of the answers, such as "It was great", so that
-every answer has texts that the model would say of it. No label and no text of a client is read.
+every answer has texts that the model would say of it. In a task of conversations each is what the
+model writes as the user's first message. No label and no text of a client is read.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from itertools import cycle
 
 import numpy as np
 
+from meerkat.data.chat_encoding import ChatEncoder
 from meerkat.models.loading import LoadedModel
 from meerkat.spaces.answers import drawn_together
 from meerkat.tasks import Task
@@ -36,6 +38,8 @@ def written_texts(loaded: LoadedModel, task: Task, seed: int) -> Iterator[str]:
 
 def _heads(loaded: LoadedModel, task: Task) -> Sequence[list[int]]:
     """What comes before a text: the prompt without its fields and an answer, or nothing."""
+    if task.is_chat:
+        return [ChatEncoder(task, loaded.tokenizer, _LONGEST, _LONGEST).before_user()]
     bare = task.prompt.format(**dict.fromkeys(task.fields, "")).strip(" .,:;\n")
     starts = [f"{bare} {answer}.\n\n" for answer in task.verbalizers] or [f"{bare}\n\n"]
     tokenizer = loaded.tokenizer

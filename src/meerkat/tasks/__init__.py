@@ -28,6 +28,13 @@ def resolve_task(section: TaskSection) -> Task:
     """
     if section.name != "custom" and section.name not in TASKS:
         raise DataError(f"task.name = {section.name!r}: known tasks are {', '.join(task_names())}")
+    if section.format != "columns":
+        return _conversations(section)
+    if section.chat_template is not None:
+        raise DataError(
+            "task.chat_template goes with conversations, and task.format = 'columns': set "
+            "task.format = 'chat', or leave it out"
+        )
     if section.name == "custom":
         _require(section)
         task = Task("custom", source="", prompt="")
@@ -65,6 +72,33 @@ def resolve_task(section: TaskSection) -> Task:
             f"{', '.join(task.label_names)}; give one for each, or a table by label"
         )
     return task
+
+
+def _conversations(section: TaskSection) -> Task:
+    """A custom task whose examples are conversations.
+
+    Raises:
+        DataError: It is not `custom`, has no source, or says what a task with a prompt has.
+    """
+    asked = f"task.format = {section.format!r}"
+    if section.name != "custom":
+        raise DataError(f"{asked} goes with task.name = 'custom', which is {section.name!r}")
+    if section.source is None:
+        raise DataError("task.source is missing; a custom task needs it")
+    for field in ("prompt", "label", "verbalizers", "answer", "cut"):
+        if getattr(section, field) is not None:
+            raise DataError(
+                f"task.{field} is for a task with a prompt, and {asked} has conversations; leave "
+                "it out"
+            )
+    task = Task(
+        "custom",
+        source="",
+        prompt="",
+        format=section.format,
+        chat_template=section.chat_template,
+    )
+    return dataclasses.replace(task, **_overrides(section))
 
 
 def _require(section: TaskSection) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-__all__ = ["FILE_SUFFIXES", "TOKENS", "Example", "Task"]
+__all__ = ["FILE_SUFFIXES", "MESSAGES", "TOKENS", "Example", "Format", "Task"]
+
+Format = Literal["columns", "chat", "messages", "sharegpt", "alpaca"]
+MESSAGES = "messages"
+"""The one field of an example that is a conversation: what comes before its last answer, as a list
+of `{"role": ..., "content": ...}`; or a text, which is one message of the user."""
 
 FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 """Names of sources that are one file end in one of these."""
@@ -18,7 +23,8 @@ TOKENS = "tokens"
 class Task:
     """A data set as a language model sees it (method.md section 8).
 
-    A task is a classification by `verbalizers`, or free text by `answer`; one of them is set.
+    A task is a classification by `verbalizers`, free text by `answer`, or a conversation by
+    `format`; one of them is set.
     """
 
     name: str
@@ -45,10 +51,21 @@ class Task:
     """Column that says who holds a row, for a natural partition."""
     cut: str | None = None
     """The field that is shortened when an example is too long; the first field by default."""
+    format: Format = "columns"
+    """What a row is: columns for the prompt, or a conversation in one of several forms."""
+    chat_template: str | None = None
+    """Jinja template of a conversation, if not the tokenizer's."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Are its examples conversations?"""
+        return self.format != "columns"
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Columns that the prompt shows, in order."""
+        """Columns that the prompt shows, in order; the messages of a conversation."""
+        if self.is_chat:
+            return (MESSAGES,)
         parts = string.Formatter().parse(self.prompt)
         return tuple(field for _, field, _, _ in parts if field is not None)
 
@@ -63,8 +80,8 @@ class Task:
 
     @property
     def has_classes(self) -> bool:
-        """Is it a classification, and not free text?"""
-        return self.answer is None
+        """Is it a classification, and not free text or a conversation?"""
+        return self.answer is None and not self.is_chat
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -73,10 +90,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the prompt's fields, and a label (index into the verbalizers) or an answer."""
+    """One row: the prompt's fields, and a label (index into the verbalizers) or an answer.
+
+    Of a conversation the answer is the assistant's last message.
+    """
 
     fields: dict[str, Any]
     label: int = 0
     answer: str = ""
     holder: str = ""
     """Who holds it, where the task has a column for that."""
+    where: str = field(default="", compare=False)
+    """Source, split and row of a conversation, for errors about it."""

@@ -22,6 +22,10 @@ class Predictions:
     predicted: Int64[np.ndarray, " S"]
     classes: int
     """1 for free text, which has no classes."""
+    written: tuple[str, ...] = ()
+    """The answers that the model writes, where a metric compares them."""
+    references: tuple[str, ...] = ()
+    """What it should have written."""
 
 
 @runtime_checkable

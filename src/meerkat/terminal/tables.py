@@ -14,11 +14,19 @@ from meerkat.tasks.metrics.validation import VALIDATION
 
 if TYPE_CHECKING:  # the help texts need no torch
     from meerkat.federation.selection import Verdict
+    from meerkat.runs.answers import Answered
     from meerkat.runs.finding_mask import FoundMask
     from meerkat.runs.trajectories import Gradip
     from meerkat.spaces.subspace import Subspace
 
-__all__ = ["figures_table", "gradip_table", "mask_table", "plan_table", "summary_table"]
+__all__ = [
+    "answer_lines",
+    "figures_table",
+    "gradip_table",
+    "mask_table",
+    "plan_table",
+    "summary_table",
+]
 
 
 def gradip_table(found: Gradip) -> list[str]:
@@ -142,6 +150,16 @@ def figures_table(figures: dict[str, Any]) -> Table:
             for key, value in figures.items()
         }
     )
+
+
+def answer_lines(answered: Answered) -> list[str]:
+    """What a model was given, what it answered, and what it should have."""
+    lines = []
+    for name in ("prompt", "answer", "reference"):
+        first, *others = getattr(answered, name).splitlines() or [""]
+        lines.append(f"{name:9}  {first}")
+        lines += [f"{'':9}  {line}" for line in others]
+    return [*lines, ""]
 
 
 def plan_table(figures: dict[str, dict[str, float]]) -> Table:
