@@ -21,6 +21,8 @@ def toml_of(data: dict[str, Any]) -> str:
     def inline(value: Any) -> str:
         if isinstance(value, dict):
             return "{ " + ", ".join(f"{k} = {inline(v)}" for k, v in value.items()) + " }"
+        if isinstance(value, list):
+            return f"[{', '.join(map(inline, value))}]"
         return json.dumps(value)
 
     top = [f"{k} = {inline(v)}" for k, v in data.items() if not isinstance(v, dict)]

@@ -98,7 +98,7 @@ def _metric(choice: Choice) -> tuple[str, Metric]:
     """A metric, and the name that its values have."""
     kind, field = choice.kind, "evaluation.metrics"
     if is_function(kind):
-        own = build(WITH_OPTIONS, "function", {"function": kind, **choice.options}, field)
+        own = build(WITH_OPTIONS, "function", {**choice.options, "function": kind}, field)
         return own.name or kind, own
     if kind in WITH_OPTIONS:
         own = build(WITH_OPTIONS, kind, choice.options, field)
