@@ -222,6 +222,10 @@ class TaskSection(Section):
     """Column of a free-text answer; the loss is then the mean token loss over it."""
     holder: Annotated[str | None, Neutral(None)] = None
     """Column that says who holds a row, if not the task's; a natural partition needs it."""
+    objective: Annotated[Choice, Neutral("loss")] = Choice(kind="loss")
+    """What training makes small: `loss` (cross-entropy over the answers, or the mean token loss of
+    free text), `accuracy` or `macro_f1`, which are smoothed by their `temperature`, or a function
+    of your own, `module:function`; see `tasks.losses`. Evaluations report the usual loss."""
     cut: str | None = None
     """The field that is shortened when an example is longer than `max_length`."""
     max_length: Annotated[int, Field(ge=8, lt=2**20)] = 256

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
 
 from meerkat.data.encoding import Encoded
 from meerkat.data.packing import PackedBatch, pack, packs
-from meerkat.errors import ModelError
+from meerkat.errors import ModelError, RecipeError
 from meerkat.models import attention
 from meerkat.models.adapters import base_layers
 from meerkat.models.loading import LoadedModel
 from meerkat.models.packing_check import check_packing
 from meerkat.models.prefix import KeptActivations, Prefix
 from meerkat.models.recomputing import recomputed
+from meerkat.tasks.losses import Scored, TrainingLoss, UsualLoss
 from meerkat.tasks.objective import Predictions
 
 __all__ = ["TextObjective"]
@@ -34,6 +36,9 @@ _PREDICTED_PER_PASS = 1024
 """Most tokens in one pass of an evaluation: more make it no faster (docs/results/speed.md)."""
 
 
+_USUAL = UsualLoss()
+
+
 class TextObjective:
     """The `Objective` of a task over text (method.md section 3, Loss of a classification task).
 
@@ -44,6 +49,7 @@ class TextObjective:
         tokens_per_pass: Most tokens in one forward pass; a longer batch takes several.
         compiled: Compile the decoder, for any batch shape.
         recomputed: Decoder blocks whose activations are not kept for a backward pass.
+        loss: What training makes small; evaluations report the usual loss.
 
     Raises:
         ModelError: The architecture mixes sequences of a packed row, so it cannot be packed.
@@ -55,8 +61,10 @@ class TextObjective:
         tokens_per_pass: int,
         compiled: bool = False,
         recomputed: Sequence[nn.Module] = (),
+        loss: TrainingLoss = _USUAL,
     ):
         self.model = loaded.model
+        self._loss = loss
         self._recomputed = recomputed
         self._name = loaded.name
         self.prefix: Prefix | None = None
@@ -132,23 +140,65 @@ class TextObjective:
         batch = pack([*examples] * copies).to(self.device)
         single = None if self.prefix is None else pack(examples).to(self.device)
         scores = self.scores(batch, single)
-        return _losses(scores, batch).cpu().double().numpy().reshape(copies, len(examples))
+        if not self._loss.is_joint:
+            found = self._losses(scores, [*examples] * copies)
+            return found.cpu().double().numpy().reshape(copies, len(examples))
+        each = [self._losses(part, examples) for part in scores.chunk(copies)]
+        return torch.stack(each).cpu().double().numpy()
 
     @torch.inference_mode()
     def losses(self, examples: Sequence[Encoded]) -> Float64[np.ndarray, " S"]:
-        """The loss of each example at the weights as they are.
+        """The training loss of each example at the weights as they are.
 
-        Cross-entropy over the verbalizers, or the mean token loss of a free-text answer.
+        Usually cross-entropy over the verbalizers, or the mean token loss of a free-text answer.
         """
-        found = [self.batch_losses(batch).cpu() for batch in self.packs(examples)]
+        parts = self._parts(examples)
+        found = [self._losses(self._scores(batches), some).cpu() for batches, some in parts]
         return torch.cat(found).double().numpy()
 
     def losses_with_graph(self, examples: Sequence[Encoded]) -> Iterator[Float32[Tensor, " s"]]:
-        """The losses of the examples of each packed batch, in their order, computed one by one."""
-        for batch in self.packs(examples):
+        """The training losses of the examples of each packed batch, in their order.
+
+        They are computed one by one; where they depend on each other, all at once.
+
+        Raises:
+            RecipeError: They have no derivative.
+        """
+        for batches, some in self._parts(examples):
             with self.with_graph():
-                losses = self.batch_losses(batch)
+                scores = self._scores(batches)
+                losses = self._losses(scores, some)
+            if _lost_its_graph(losses, scores):
+                raise RecipeError(
+                    "task.objective gives losses without a derivative, which an exact estimator "
+                    "needs; compute them from the scores by operations of torch, or set "
+                    "optimizer.estimator = 'two-point'"
+                )
             yield losses
+
+    def _parts(
+        self, examples: Sequence[Encoded]
+    ) -> Iterator[tuple[list[PackedBatch], Sequence[Encoded]]]:
+        """Packed batches that the training loss is given at a time, and their examples."""
+        batches = self.packs(examples)
+        if self._loss.is_joint:
+            yield list(batches), examples
+            return
+        begin = 0
+        for batch in batches:
+            yield [batch], examples[begin : begin + batch.examples]
+            begin += batch.examples
+
+    def _scores(self, batches: Sequence[PackedBatch]) -> Float32[Tensor, "S A"]:
+        return torch.cat([self.scores(batch.to(self.device)) for batch in batches])
+
+    def _losses(
+        self, scores: Float32[Tensor, "S A"], examples: Sequence[Encoded]
+    ) -> Float32[Tensor, " S"]:
+        """The training loss of each example, by its scores."""
+        labels = torch.tensor([example.label for example in examples], device=scores.device)
+        found: Tensor = self._loss.losses(Scored(scores, labels))
+        return found
 
     @contextmanager
     def with_graph(self) -> Iterator[None]:
@@ -164,7 +214,7 @@ class TextObjective:
         for batch in self.packs(examples, min(self._tokens_per_pass, _PREDICTED_PER_PASS)):
             moved = batch.to(self.device)
             scores = self.scores(moved)
-            losses.append(_losses(scores, moved).cpu())
+            losses.append(_usual_losses(scores, moved).cpu())
             best.append(scores.argmax(1).cpu())
         return Predictions(
             losses=torch.cat(losses).double().numpy(),
@@ -187,9 +237,9 @@ class TextObjective:
         return loss.float()
 
     def batch_losses(self, batch: PackedBatch) -> Float32[Tensor, " S"]:
-        """The loss of each example of a packed batch, on the model's device."""
+        """The usual loss of each example of a packed batch, on the model's device."""
         batch = batch.to(self.device)
-        return _losses(self.scores(batch), batch)
+        return _usual_losses(self.scores(batch), batch)
 
     def packs(
         self, examples: Sequence[Encoded], tokens: int | None = None
@@ -248,7 +298,14 @@ class TextObjective:
             del head.forward
 
 
-def _losses(scores: Float32[Tensor, "S A"], batch: PackedBatch) -> Float32[Tensor, " S"]:
-    if batch.answers == 1:
-        return -scores[:, 0]
-    return cross_entropy(scores, batch.labels, reduction="none")
+def _usual_losses(scores: Float32[Tensor, "S A"], batch: PackedBatch) -> Float32[Tensor, " S"]:
+    found: Tensor = _USUAL.losses(Scored(scores, batch.labels))
+    return found
+
+
+def _lost_its_graph(losses: Tensor, scores: Tensor) -> bool:
+    """Can the scores be differentiated, backward or forward, and the losses not?"""
+    if scores.requires_grad and not losses.requires_grad:
+        return True
+    tangents = [forward_ad.unpack_dual(value).tangent for value in (scores, losses)]
+    return tangents[0] is not None and tangents[1] is None

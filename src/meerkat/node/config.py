@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from meerkat.config import Recipe, Runtime, parse_recipe
 from meerkat.errors import ProtocolError, RecipeError
 from meerkat.models.demo_models import DEMO
+from meerkat.registry import names_function
 from meerkat.tasks.metrics import functions_in
 
 __all__ = ["NodeConfig"]
@@ -164,7 +165,7 @@ class NodeConfig:
         return recipe.model_copy(update={"runtime": runtime, "model": model})
 
     def _check_allowed(self, recipe: Recipe) -> None:
-        """Does the operator let a server name this model, these data, these sizes?
+        """Does the operator let a server name this model, data, function, these sizes?
 
         Raises:
             RecipeError: No; the line names the setting that would.
@@ -174,6 +175,9 @@ class NodeConfig:
             asked.append(("model.name", recipe.model.name, self.allow_models, "allow-models"))
         if self.data is None and recipe.task.source is not None:
             asked.append(("task.source", recipe.task.source, self.allow_sources, "allow-sources"))
+        objective = recipe.task.objective.kind
+        if names_function(objective):
+            asked.append(("task.objective", objective, self.allow_functions, "allow-functions"))
         for field, name, patterns, setting in asked:
             climbs = ".." in Path(name).parts  # a wildcard is no way out of a folder
             if climbs or not any(fnmatchcase(name, pattern) for pattern in patterns):

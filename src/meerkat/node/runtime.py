@@ -13,6 +13,7 @@ from meerkat.models.quantised import keeps
 from meerkat.node.config import NodeConfig
 from meerkat.runs.assembly import Assembly, EncodedExamples, assemble
 from meerkat.spaces.mask_file import load_mask
+from meerkat.tasks.losses import import_objective
 from meerkat.transport.handshake import Proof
 from meerkat.transport.server_frames import Setup
 from meerkat.zo import noise
@@ -109,6 +110,7 @@ def assembly_of(node: NodeConfig, recipe: Recipe, setup: Setup) -> Assembly:
     """
     key = repr((_shared(node), setup.recipe))
     if key not in _assemblies:
+        import_objective(recipe)
         _leave_all()
         _assemblies.clear()
         _assemblies[key] = assemble(recipe, data=node.data)

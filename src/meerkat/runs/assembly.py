@@ -46,6 +46,7 @@ from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
 from meerkat.tasks.base import MESSAGES
+from meerkat.tasks.losses import TrainingLoss, training_loss
 from meerkat.tasks.metrics import Metric, metrics_of, prepare
 from meerkat.zo.noise import permutation
 
@@ -110,6 +111,11 @@ class Assembly:
         return writer(self.loaded, evaluation.max_new_tokens, stop)
 
     @cached_property
+    def training_loss(self) -> TrainingLoss:
+        """What training makes small."""
+        return training_loss(self.recipe, self.task)
+
+    @cached_property
     def encoder(self) -> Encoder | ChatEncoder:
         section = self.recipe.task
         return encoder_of(self.task, self.loaded.tokenizer, section.max_length, self.loaded.window)
@@ -155,7 +161,9 @@ class Assembly:
             # Compiled code outlives the process. torch has set a folder of its own by now.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
         blocks = self._blocks if runtime.recompute else []
-        return TextObjective(self.loaded, runtime.tokens_per_pass, runtime.compile, blocks)
+        return TextObjective(
+            self.loaded, runtime.tokens_per_pass, runtime.compile, blocks, self.training_loss
+        )
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -282,6 +290,7 @@ def assemble(
         require_peft()
     # Data first: what is wrong with them shows in seconds, a model may take a minute.
     task = resolve_task(recipe.task)
+    training_loss(recipe, task)
     if data is None:
         split, parts = load_partition(recipe, task)
     else:

@@ -173,8 +173,13 @@ def _sensitive(sources: Sources, texts: Sequence[str] | None) -> Mask:
 
 
 def _task_loss(objective: TextObjective) -> Callable[[list[Encoded]], Tensor]:
-    """Labelled examples → their mean loss, with its graph."""
-    return lambda examples: torch.cat(list(objective.losses_with_graph(examples))).mean()
+    """Labelled examples → their mean usual loss, with its graph."""
+
+    def mean(examples: list[Encoded]) -> Tensor:
+        with objective.with_graph():
+            return torch.cat([objective.batch_losses(b) for b in objective.packs(examples)]).mean()
+
+    return mean
 
 
 def _by_gradients(

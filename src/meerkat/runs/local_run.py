@@ -39,6 +39,7 @@ from meerkat.runs.given import Given
 from meerkat.runs.lock import locked
 from meerkat.spaces.linear import space_of
 from meerkat.spaces.mask_file import Mask, save_mask
+from meerkat.tasks.losses import import_objective
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState
 
@@ -61,6 +62,7 @@ def start_run(
         MeerkatError: See `assembly.assemble` and `driver.train`.
     """
     with locked(directory), claimed(directory, recipe):
+        import_objective(recipe)
         assembly = _fitted(recipe, directory, progress, given)
         return _execute(assembly, directory, observer, progress, given)
 
@@ -98,6 +100,7 @@ def _resume(
     summary = summary_if_complete(directory, recipe, observer, recover)
     if summary is not None:
         return summary
+    import_objective(recipe)
     # A run that has begun has a mask of its own: the file or cache that it came from may be gone.
     own = mask_path(directory)
     begun = Journal.exists(journal_path(directory)) and own.exists()

@@ -28,6 +28,7 @@ from meerkat.runs.renewal import MakeMask, wait_for_file
 from meerkat.spaces.mask_file import Mask, load_mask
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import resolve_task
+from meerkat.tasks.losses import training_loss
 from meerkat.tasks.metrics import metrics_of
 from meerkat.transport.base import Transport
 from meerkat.transport.handshake import Proof
@@ -93,6 +94,7 @@ def host(
                 return summary
         check_algorithm(recipe, mask.dimensions)  # a wrong choice shows before any client joins
         task = resolve_task(recipe.task)
+        training_loss(recipe, task)
         check_subspace(mask.subspace, recipe.subspace, task)
         metrics = metrics_of(recipe.evaluation.metrics, task.has_classes)
         header = header_of(recipe, mask, task.verbalizers, *label_counts)

@@ -28,8 +28,8 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from meerkat import api
 from meerkat.config import Recipe, load_recipe
-from meerkat.data.sources import rows_as_examples
 from meerkat.data.encoders import encoder_of
+from meerkat.data.sources import rows_as_examples
 from meerkat.errors import DataError, ModelError, RecipeError, RunError
 from meerkat.journal import replay
 from meerkat.models.loading import LoadedModel, load_model, loaded_of
