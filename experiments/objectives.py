@@ -49,6 +49,7 @@ from meerkat.tasks import Example, resolve_task
 from meerkat.tasks.losses import Scored, TrainingLoss, UsualLoss
 from meerkat.tasks.losses.accuracy import Inaccuracy
 from meerkat.tasks.losses.macro_f1 import MacroF1Loss
+from meerkat.tasks.metrics import metrics_of
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
 RARE = 0.15
@@ -296,7 +297,9 @@ def check(out: Path) -> None:
     for name, factor in (("loss", 2.0), ("macro_f1", 4.0)):  # as the search finds them
         w = trained(train, step, OBJECTIVES[name], alpha, factor, 0)
         space.write(start + w.astype(np.float32))
-        found = evaluate_objective(assembly.objective, examples, ("macro_f1", "accuracy", "loss"))
+        found = evaluate_objective(
+            assembly.objective, examples, metrics_of(("macro_f1", "accuracy"), True)
+        )
         linear = {k: round(v, 3) for k, v in test.metrics(w).items()}
         print(name, "linear", linear, "real", {k: round(v, 3) for k, v in found.metrics.items()})
 

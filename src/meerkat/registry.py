@@ -63,7 +63,7 @@ def imported_function(path: str, field: str) -> Callable[..., Any]:
         found = getattr(found, part, None)
     if not callable(found):
         raise RecipeError(f"{field} = {path!r}: module {module!r} has no function {name!r}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def build(

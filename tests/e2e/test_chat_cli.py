@@ -136,9 +136,7 @@ def test_a_subspace_from_questions_that_the_model_answers(
     assert invoke("run", path, "--out", tmp_path / "written", *changed).exit_code == 0
 
 
-def test_refusals_are_one_line(
-    recipe: Path, rows: Path, tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_refusals_are_one_line(recipe: Path, rows: Path, tiny_folder: Path, tmp_path: Path) -> None:
     out = ["--out", tmp_path / "run"]
     no_template = invoke("run", recipe, *out, "--set", f"model.name={tiny_folder}")
     refused(no_template, "no chat template", "task.chat_template")
@@ -167,12 +165,8 @@ def test_a_template_file_is_part_of_the_run(recipe: Path, tmp_path: Path) -> Non
     assert invoke("evaluate", out).exit_code == 0
 
 
-def test_free_text_is_written_up_to_a_new_line(
-    data: dict[str, Any], tmp_path: Path
-) -> None:
-    (tmp_path / "text.csv").write_text(
-        "q,a\n" + "".join(f"film {n},great\n" for n in range(40))
-    )
+def test_free_text_is_written_up_to_a_new_line(data: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "text.csv").write_text("q,a\n" + "".join(f"film {n},great\n" for n in range(40)))
     task = {"name": "custom", "source": str(tmp_path / "text.csv"), "prompt": "{q} It was"}
     changed = merged(data, evaluation={"every": 0})
     changed["task"] = {**task, "answer": "a"}

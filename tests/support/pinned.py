@@ -146,12 +146,12 @@ def trajectories(found: Hash, algorithm: Algorithm) -> None:
 
 
 def metrics(found: Hash) -> None:
-    """Every metric of examples in batches of uneven size."""
+    """Metrics of examples in batches of uneven size."""
     count, classes = 157, 5
     index = np.arange(count)
     labels, predicted = (index * index) % classes, (3 * index + index // 7) % classes
     losses = ((11 * index) % 23).astype(np.float64) / 7
-    for name in sorted(METRICS):
+    for name in ("accuracy", "balanced_accuracy", "loss", "macro_f1"):
         totals = [
             METRICS[name].sums(Predictions(losses[part], labels[part], predicted[part], classes))
             for part in (slice(0, 64), slice(64, 100), slice(100, count))

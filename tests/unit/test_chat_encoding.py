@@ -56,9 +56,9 @@ def whole(encoded: Encoded) -> list[int]:
 
 
 # Letters of several scripts, blanks within, characters of templates, several bytes a letter.
-text = st.text(
-    st.sampled_from("aZ é漢😀<>|[]/{}'\"\n\t.#:_1"), min_size=1, max_size=24
-).filter(lambda found: bool(found.strip()))
+text = st.text(st.sampled_from("aZ é漢😀<>|[]/{}'\"\n\t.#:_1"), min_size=1, max_size=24).filter(
+    lambda found: bool(found.strip())
+)
 
 
 @st.composite
@@ -278,4 +278,3 @@ def test_the_loss_is_that_of_masked_labels(architecture: str) -> None:
     assert packed == pytest.approx(expected, rel=2e-4)
     apart = TextObjective(loaded, 1).losses(encoded)
     assert apart == pytest.approx(expected, rel=2e-4)
-

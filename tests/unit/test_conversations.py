@@ -93,7 +93,9 @@ def test_csv_is_for_alpaca(tmp_path: Path) -> None:
     pandas.DataFrame(numbered("alpaca")).to_csv(tmp_path / "rows.csv", index=False)
     assert len(load(tmp_path / "rows.csv").train) == 18
     (tmp_path / "other.csv").write_text("messages\nhello\n")
-    with pytest.raises(DataError, match=r"train row 1: column 'messages' holds 'hello', not a list"):
+    with pytest.raises(
+        DataError, match=r"train row 1: column 'messages' holds 'hello', not a list"
+    ):
         load(tmp_path / "other.csv")
 
 
@@ -119,10 +121,16 @@ USER, ASSISTANT = MESSAGES[1], MESSAGES[2]
         ({"messages": ["Hello", ASSISTANT]}, "message 1 is 'Hello'; it needs a role and a content"),
         ({"messages": [{"text": "a"}, ASSISTANT]}, "message 1 has text; it needs role and content"),
         ({"messages": [USER, {"role": "tool", "content": "3"}]}, "message 2 is by 'tool'; known"),
-        ({"messages": [{"role": "user", "content": " "}, ASSISTANT]}, "message 1, by user: content"),
+        (
+            {"messages": [{"role": "user", "content": " "}, ASSISTANT]},
+            "message 1, by user: content",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "content is None; it needs"),
         ({"messages": [USER, {"role": "assistant"}]}, "message 2, by assistant: content is None"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]}, "message 2 has tool_calls"),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": [{"id": 1}]}]},
+            "message 2 has tool_calls",
+        ),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "message 2 has weight"),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},

@@ -353,6 +353,7 @@ def predictions(classes: int, examples: int, seed: int) -> Predictions:
         draw.integers(0, classes, examples),
         draw.integers(0, classes, examples),
         classes,
+        draw.normal(size=examples),
     )
 
 
@@ -388,6 +389,7 @@ def test_sums_of_any_number_of_classes_cross_the_wire(
             for field in ("losses", "labels", "predicted")
         ),
         classes,
+        np.concatenate([part.margins for part in found if part.margins is not None]),
     )
     sums = {name: metric.sums(together) for name, metric in METRICS.items()}
     expected = metric_values(sums, sum(shards))

@@ -29,12 +29,18 @@ def predictions(draw: st.DrawFn, most: int = 60) -> Predictions:
             draw(st.lists(st.integers(0, classes - 1), min_size=count, max_size=count))
         ),
         classes=classes,
+        margins=np.array(draw(st.lists(st.floats(-50, 50), min_size=count, max_size=count))),
     )
 
 
 def some(found: Predictions, chosen: np.ndarray) -> Predictions:
+    assert found.margins is not None
     return Predictions(
-        found.losses[chosen], found.labels[chosen], found.predicted[chosen], found.classes
+        found.losses[chosen],
+        found.labels[chosen],
+        found.predicted[chosen],
+        found.classes,
+        found.margins[chosen],
     )
 
 
@@ -48,7 +54,7 @@ def by_sklearn(name: str, found: Predictions) -> float:
         # Of classes that are predicted and have no example.
         warnings.simplefilter("ignore")
         match name:
-            case "accuracy":
+            case "accuracy" | "preference_accuracy":
                 return float(sklearn.metrics.accuracy_score(*both))
             case "macro_f1":
                 labels = range(found.classes)
@@ -59,6 +65,9 @@ def by_sklearn(name: str, found: Predictions) -> float:
                 return float(sklearn.metrics.balanced_accuracy_score(*both))
             case "loss":
                 return float(np.mean(found.losses))
+            case "margin":
+                assert found.margins is not None
+                return float(np.mean(found.margins))
     raise AssertionError(f"{name} has no counterpart here; add one")
 
 
@@ -85,7 +94,10 @@ def test_loss_is_the_log_loss_of_scikit_learn() -> None:
 
 def test_figures_that_are_worked_out_by_hand() -> None:
     labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 0])
-    found = Predictions(np.array([1.0, 2, 3, 4, 5, 6]), labels, predicted, classes=4)
+    margins = np.array([1.0, 2, -3, 4, -5, -6])
+    found = Predictions(np.array([1.0, 2, 3, 4, 5, 6]), labels, predicted, 4, margins)
+    assert value("margin", found) == pytest.approx(-7 / 6)
+    assert value("preference_accuracy", found) == 3 / 6
     assert value("loss", found) == 3.5
     assert value("accuracy", found) == 3 / 6
     # F1 of the classes: 4/7, 2/4, 0 (never right), 0 (neither there nor predicted).
@@ -206,6 +218,7 @@ def test_the_loss_comes_first_and_is_always_there() -> None:
     assert metric_names(("balanced_accuracy",), True) == ("loss", "balanced_accuracy")
     assert metric_names(("accuracy", "loss", "accuracy"), True) == ("loss", "accuracy")
     assert metric_names(("loss",), False) == ("loss",)
+    assert metric_names((), False, has_pairs=True) == ("loss", "preference_accuracy", "margin")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +226,7 @@ def test_the_loss_comes_first_and_is_always_there() -> None:
     [
         (("acuracy",), True, r"evaluation\.metrics = 'acuracy' is not known; known are .*macro_f1"),
         (("macro_f1",), False, r"evaluation\.metrics: 'macro_f1' is about classes, .*leave it out"),
+        (("margin",), True, r"evaluation\.metrics: 'margin' is about pairs, .*task\.chosen"),
     ],
 )
 def test_a_metric_that_is_not_to_be_had(

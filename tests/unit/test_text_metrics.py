@@ -29,7 +29,8 @@ def metric(asked: str | dict[str, Any]) -> TextMetric:
 
 def predictions(written: list[str], references: list[str]) -> Predictions:
     none = np.zeros(len(written), np.int64)
-    return Predictions(none.astype(float), none, none, 1, tuple(written), tuple(references))
+    texts = {"written": tuple(written), "references": tuple(references)}
+    return Predictions(none.astype(float), none, none, 1, **texts)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +76,7 @@ def test_sums_add_up_over_clients(pairs: list[tuple[str, str]], cut: int) -> Non
     for name, kind in list(found.items())[1:]:
         parts = [predictions(*map(list, zip(*part, strict=True))) for part in (pairs,)]
         shards = [part for part in (pairs[:cut], pairs[cut:]) if part]
-        added = sum(
-            kind.sums(predictions(*map(list, zip(*part, strict=True)))) for part in shards
-        )
+        added = sum(kind.sums(predictions(*map(list, zip(*part, strict=True)))) for part in shards)
         sums = kind.sums(parts[0])
         assert np.allclose(added, sums, rtol=1e-12)
         assert kind.is_possible(sums, len(pairs), 1)

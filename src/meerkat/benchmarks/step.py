@@ -322,6 +322,7 @@ def _warm_up(objective: TextObjective, examples: Sequence[Encoded], batch_size: 
     """Passes over batches of several sizes and lengths, so no shape is taken for a constant."""
     for start in range(0, len(examples), batch_size):
         group = examples[start : start + batch_size]
+        objective.refer(objective.unreferred(group))
         for size in {len(group), max(2, len(group) // 2)}:
             objective.losses(group[:size])
 

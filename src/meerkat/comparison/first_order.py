@@ -30,7 +30,7 @@ from meerkat.comparison.vectors import Vector
 from meerkat.config import Choice, Noise, Optimizer, Recipe, Selection
 from meerkat.errors import DivergedError, RecipeError, RunError
 from meerkat.federation.aggregation import shares
-from meerkat.federation.client import Client
+from meerkat.federation.client import Client, refer
 from meerkat.federation.rounds import sampling_order
 from meerkat.federation.schedule import Schedule
 from meerkat.journal.records import Evaluated
@@ -206,9 +206,10 @@ class _Training:
         return dict(zip(chosen, shares(held, section.weighting, cap).tolist(), strict=True))
 
     def _gradient(self, client: Client, step: int, theta: Vector, where: str) -> Vector:
+        batch, objective = client.batch(step), self._assembly.objective
+        refer(objective, self._place.restore, batch)
         self._place.write(theta)
-        batch = client.batch(step)
-        parts = self._assembly.objective.losses_with_graph(batch)
+        parts = objective.losses_with_graph(batch)
         losses, gradient = self._place.gradient(parts, len(batch))
         self._passes += PASSES * len(batch)
         self._losses.append(_finite(float(losses.mean()), f"the loss of {where}"))

@@ -110,6 +110,7 @@ class Recipe(Section):
                 "task.verbalizers and task.answer exclude each other: verbalizers are for "
                 "classification, answer is for free text"
             )
+        self._check_pairs()
         quorum = self.network.quorum
         if quorum is not None and quorum > self.clients_per_round:
             raise ValueError(
@@ -127,6 +128,21 @@ class Recipe(Section):
         self._check_renewal()
         self._check_adapters()
         return self
+
+    def _check_pairs(self) -> None:
+        """Are both columns of pairs named, and no other kind of answer?"""
+        task = self.task
+        if (task.chosen is None) != (task.rejected is None):
+            missing, given = "chosen", "rejected"
+            if task.chosen is not None:
+                missing, given = given, missing
+            raise ValueError(f"task.{missing} is missing; pairs need it beside task.{given}")
+        for field in ("verbalizers", "answer"):
+            if task.chosen is not None and getattr(task, field) is not None:
+                raise ValueError(
+                    f"task.{field} and task.chosen exclude each other: chosen and rejected are for "
+                    "pairs of answers; leave one out"
+                )
 
     def _check_patience(self) -> None:
         """Are there validation scores in mid-run for a patience to judge by?"""

@@ -220,12 +220,18 @@ class TaskSection(Section):
     """The answer for each label: in label order, or by label."""
     answer: str | None = None
     """Column of a free-text answer; the loss is then the mean token loss over it."""
+    chosen: Annotated[str | None, Neutral(None)] = None
+    """Column of the preferred answer of a pair; the loss is then - log σ of the difference of both
+    answers' mean log-probabilities."""
+    rejected: Annotated[str | None, Neutral(None)] = None
+    """Column of the other answer of a pair."""
     holder: Annotated[str | None, Neutral(None)] = None
     """Column that says who holds a row, if not the task's; a natural partition needs it."""
     objective: Annotated[Choice, Neutral("loss")] = Choice(kind="loss")
     """What training makes small: `loss` (cross-entropy over the answers, or the mean token loss of
-    free text), `accuracy` or `macro_f1`, which are smoothed by their `temperature`, or a function
-    of your own, `module:function`; see `tasks.losses`. Evaluations report the usual loss."""
+    free text), `accuracy` or `macro_f1`, which are smoothed by their `temperature`, of pairs
+    `simpo` or `dpo`, or a function of your own, `module:function`; see `tasks.losses`. Evaluations
+    report the usual loss."""
     cut: str | None = None
     """The field that is shortened when an example is longer than `max_length`."""
     max_length: Annotated[int, Field(ge=8, lt=2**20)] = 256

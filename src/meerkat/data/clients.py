@@ -53,6 +53,7 @@ def client_label_counts(task: Task, split: Split, parts: Parts) -> tuple[list[li
     for part in parts:
         for example in (split.train[index] for index in part):
             content = [sorted(example.fields.items()), example.label, example.answer]
+            content += [example.rejected] if task.has_pairs else []
             digest.update(json.dumps(content, default=str).encode())
     return counts, digest.hexdigest()
 
@@ -183,10 +184,10 @@ def _write(task: Task, examples: Sequence[Example], stem: Path) -> None:
         return
     path = stem.with_suffix(".csv")
     fields = tuple(dict.fromkeys(task.fields))
-    answer = task.answer if task.answer is not None else task.label
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow([*fields, answer])
+        table.writerow([*fields, *task.outputs])
         for example in examples:
-            named = task.label_names[example.label] if task.answer is None else example.answer
-            table.writerow([*(example.fields[field] for field in fields), named])
+            outputs = [task.label_names[example.label]] if task.has_classes else [example.answer]
+            outputs += [example.rejected] if task.has_pairs else []
+            table.writerow([*(example.fields[field] for field in fields), *outputs])

@@ -16,8 +16,8 @@ __all__ = ["Encoded", "Encoder"]
 class Encoded:
     """Tokens of one example.
 
-    The answers share the prompt: one for each verbalizer, or the one free text. The last token
-    of an answer is a target only; the model never reads it.
+    The answers share the prompt: one for each verbalizer, the one free text, or those of a pair,
+    the chosen one first. The last token of an answer is a target only; the model never reads it.
 
     A conversation has one answer, all that follows its first prompt, of which parts are scored.
     """
@@ -71,7 +71,8 @@ class Encoder:
         Raises:
             DataError: The example is too long even with an empty text.
         """
-        answers = self.verbalizers or (self._answer(example.answer),)
+        texts = [example.answer, example.rejected] if self.task.has_pairs else [example.answer]
+        answers = self.verbalizers or tuple(self._answer(text) for text in texts)
         room = self.max_length - max(map(len, answers)) + 1
         prompt = tuple(self._fit(example, room))
         return Encoded(prompt, answers, example.label, reference=example.answer)

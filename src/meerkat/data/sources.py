@@ -153,7 +153,7 @@ def _unique(examples: Iterable[Example]) -> dict[_Key, Example]:
 
 def _examples(task: Task, split: str) -> Iterator[Example]:
     labels = {name: index for index, name in enumerate(task.label_names)}
-    needed = (*task.fields, task.answer if task.answer is not None else task.label)
+    needed = (*task.fields, *task.outputs)
     for number, row in enumerate(_rows(task, split), start=1):
         where = f"task.source = {task.source!r}, {split} row {number}"
         if task.is_chat:
@@ -169,6 +169,9 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
             blank = next(field for field, value in fields.items() if _is_blank(value))
             raise DataError(f"{where}: column {blank!r} is empty; remove the row or fill it in")
         holder = _holder(task, row, where)
+        if task.has_pairs:
+            yield _pair(task, row, fields, holder, where)
+            continue
         if task.answer is not None:
             if _is_blank(row[task.answer]):
                 raise DataError(f"{where}: column {task.answer!r} is empty; remove the row")
@@ -199,6 +202,28 @@ def _holder(task: Task, row: Mapping[str, Any], where: str) -> str:
             "row or fill it in"
         )
     return str(row[task.holder])
+
+
+def _pair(
+    task: Task, row: Mapping[str, Any], fields: dict[str, Any], holder: str, where: str
+) -> Example:
+    """A row with two answers.
+
+    Raises:
+        DataError: One is empty, or no text, or both are the same.
+    """
+    for column in task.outputs:
+        if _is_blank(row[column]):
+            raise DataError(f"{where}: column {column!r} is empty; remove the row")
+        if not isinstance(row[column], str):
+            raise DataError(
+                f"{where}: column {column!r} holds a {type(row[column]).__name__}, and an answer "
+                "is a text; give the text of the answer alone"
+            )
+    chosen, rejected = (str(row[column]) for column in task.outputs)
+    if chosen.strip() == rejected.strip():
+        raise DataError(f"{where}: both answers are the same; remove the row")
+    return Example(fields, answer=chosen, holder=holder, rejected=rejected)
 
 
 def _is_blank(value: Any) -> bool:

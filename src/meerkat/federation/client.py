@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,29 @@ from meerkat.errors import ProtocolError, RecipeError
 from meerkat.federation.algorithm import Algorithm, RememberingAlgorithm
 from meerkat.federation.messages import CALIBRATION, DIGEST_BYTES, ClientReport, RoundPlan
 from meerkat.spaces.base import DifferentiableSpace, OverlaidSpace, ParameterSpace
-from meerkat.tasks.objective import CopyingObjective, DifferentiableObjective, Objective
+from meerkat.tasks.objective import (
+    CopyingObjective,
+    DifferentiableObjective,
+    Objective,
+    ReferringObjective,
+)
 from meerkat.zo.arrays import Place
 from meerkat.zo.estimators import LossesAt
 from meerkat.zo.log import Update
 from meerkat.zo.state import ModelState, Theta
 
-__all__ = ["Client", "LocalStep", "Worker"]
+__all__ = ["Client", "LocalStep", "Worker", "refer"]
+
+
+def refer(objective: Objective, restore: Callable[[], None], batch: Sequence[Any]) -> None:
+    """Have losses of these examples compare with the model as it was loaded, where they do.
+
+    Args:
+        restore: Puts the loaded weights back, which are left where they are needed.
+    """
+    if isinstance(objective, ReferringObjective) and (new := objective.unreferred(batch)):
+        restore()
+        objective.refer(new)
 
 
 class Worker:
@@ -81,6 +97,10 @@ class Worker:
         fresh = updates[self.position - start :]
         self.state = self.algorithm.apply(self.state, fresh)
         self.position += len(fresh)
+
+    def refer(self, batch: Sequence[Any]) -> None:
+        """As `refer`, of this worker's model."""
+        refer(self.objective, self.space.restore, batch)
 
     def remember(self, report: ClientReport, learning_rate: float) -> None:
         """Bring what a client carries up to date by its report, where the algorithm needs that."""
@@ -150,7 +170,9 @@ class Client:
         """T_k local steps from the plan's state (method.md section 3)."""
         state, algorithm = worker.start(plan), worker.algorithm
         for step in range(plan.steps):
-            losses_at: LossesAt = _Losses(worker, state.theta, self.batch(plan.first_step + step))
+            batch = self.batch(plan.first_step + step)
+            worker.refer(batch)
+            losses_at: LossesAt = _Losses(worker, state.theta, batch)
             if isinstance(algorithm, RememberingAlgorithm):
                 start, memory = worker.start(plan).theta, worker.memories.get(self.number)
                 losses_at = algorithm.regularised(losses_at, state.theta, start, memory)

@@ -225,8 +225,9 @@ def largest_client_frame(recipe: Recipe) -> int:
     report = 4 * steps * recipe.numbers_per_step
     task = resolve_task(recipe.task)
     one = np.zeros(1, np.int64)
-    found = Predictions(np.zeros(1), one, one, max(1, len(task.verbalizers)))
-    metrics = metrics_of(recipe.evaluation.metrics, task.has_classes)
+    answers = 2 if task.has_pairs else max(1, len(task.verbalizers))
+    found = Predictions(np.zeros(1), one, one, answers, np.zeros(1))
+    metrics = metrics_of(recipe.evaluation.metrics, task.has_classes, task.has_pairs)
     sums = {name: tuple(metric.sums(found).tolist()) for name, metric in metrics.items()}
     if recipe.evaluation.validation:
         sums |= {**on_validation(sums), VALIDATION_EXAMPLES: (1.0,)}

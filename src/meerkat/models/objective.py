@@ -65,6 +65,8 @@ class TextObjective:
     ):
         self.model = loaded.model
         self._loss = loss
+        self._reference: dict[Encoded, Tensor] = {}
+        """Scores at the weights as they were loaded, of examples that a loss compares."""
         self._recomputed = recomputed
         self._name = loaded.name
         self.prefix: Prefix | None = None
@@ -197,8 +199,27 @@ class TextObjective:
     ) -> Float32[Tensor, " S"]:
         """The training loss of each example, by its scores."""
         labels = torch.tensor([example.label for example in examples], device=scores.device)
-        found: Tensor = self._loss.losses(Scored(scores, labels))
+        lengths = reference = None
+        if self._loss.compares:
+            reference = torch.stack([self._reference[e] for e in examples])
+            lengths = scores.new_tensor([[len(a) for a in e.answers] for e in examples])
+        found: Tensor = self._loss.losses(Scored(scores, labels, lengths, reference))
         return found
+
+    def unreferred(self, examples: Sequence[Encoded]) -> list[Encoded]:
+        """Those that losses cannot be had of until `refer` has seen them."""
+        if not self._loss.compares:
+            return []
+        return [e for e in dict.fromkeys(examples) if e not in self._reference]
+
+    @torch.inference_mode()
+    def refer(self, examples: Sequence[Encoded]) -> None:
+        """Keep the scores of these examples at the weights as they are, those that were loaded.
+
+        One pass an example: what else is asked for with it has no part in the last bits.
+        """
+        for example in examples:
+            self._reference[example] = self.scores(pack([example]).to(self.device))[0]
 
     @contextmanager
     def with_graph(self) -> Iterator[None]:
@@ -210,17 +231,20 @@ class TextObjective:
     @torch.inference_mode()
     def predict(self, examples: Sequence[Encoded]) -> Predictions:
         """Losses, and the answer with the highest score of each example."""
-        losses, best = [], []
+        losses, best, scored = [], [], []
         for batch in self.packs(examples, min(self._tokens_per_pass, _PREDICTED_PER_PASS)):
             moved = batch.to(self.device)
             scores = self.scores(moved)
             losses.append(_usual_losses(scores, moved).cpu())
             best.append(scores.argmax(1).cpu())
+            scored.append(scores.cpu())
+        labels = torch.tensor([example.label for example in examples])
         return Predictions(
             losses=torch.cat(losses).double().numpy(),
-            labels=np.array([example.label for example in examples], np.int64),
+            labels=labels.numpy(),
             predicted=torch.cat(best).numpy(),
             classes=len(examples[0].answers),
+            margins=_margins(torch.cat(scored), labels),
         )
 
     @torch.inference_mode()
@@ -249,7 +273,8 @@ class TextObjective:
         Args:
             tokens: Most tokens of a pass, instead of `tokens_per_pass`.
         """
-        one_token = all(len(answer) == 1 for e in examples for answer in e.answers)
+        first = examples[0].answers
+        one_token = all(len(a) == 1 for a in first) and all(e.answers == first for e in examples)
         free = one_token and len(examples[0].answers) > 1  # only the answers' rows are multiplied
         budget = self._tokens_per_pass if tokens is None else tokens
         return packs(examples, budget, None if free else self._scored_per_pass)
@@ -301,6 +326,16 @@ class TextObjective:
 def _usual_losses(scores: Float32[Tensor, "S A"], batch: PackedBatch) -> Float32[Tensor, " S"]:
     found: Tensor = _USUAL.losses(Scored(scores, batch.labels))
     return found
+
+
+def _margins(
+    scores: Float32[Tensor, "S A"], labels: Int64[Tensor, " S"]
+) -> Float64[np.ndarray, " S"] | None:
+    if scores.shape[1] == 1:
+        return None
+    right = scores.gather(1, labels[:, None])[:, 0]
+    others = scores.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return (right.double() - others.double()).numpy()
 
 
 def _lost_its_graph(losses: Tensor, scores: Tensor) -> bool:

@@ -50,7 +50,7 @@ from meerkat.tasks.losses import TrainingLoss, training_loss
 from meerkat.tasks.metrics import Metric, metrics_of, prepare
 from meerkat.zo.noise import permutation
 
-__all__ = ["Assembly", "EncodedExamples", "FoundMask", "adapt_model", "assemble"]
+__all__ = ["Assembly", "EncodedExamples", "FoundMask", "adapt_model", "assemble", "writer_of"]
 
 _MIB = 2**20
 
@@ -99,16 +99,13 @@ class Assembly:
     @cached_property
     def metrics(self) -> dict[str, Metric]:
         """The metrics of an evaluation by name."""
-        return metrics_of(self.recipe.evaluation.metrics, self.task.has_classes)
+        wanted, task = self.recipe.evaluation.metrics, self.task
+        return metrics_of(wanted, task.has_classes, task.has_pairs)
 
     @property
     def write(self) -> Write:
         """What the model writes in the place of examples' answers, at the weights as they are."""
-        evaluation = self.recipe.evaluation
-        stop = evaluation.stop
-        if stop is None:
-            stop = () if self.task.is_chat else ("\n",)
-        return writer(self.loaded, evaluation.max_new_tokens, stop)
+        return writer_of(self.recipe, self.task, self.loaded)
 
     @cached_property
     def training_loss(self) -> TrainingLoss:
@@ -307,6 +304,15 @@ def assemble(
         encoder.check([*split.train, *split.test, *split.validation])
     progress.advance()
     return assembly
+
+
+def writer_of(recipe: Recipe, task: Task, loaded: LoadedModel) -> Write:
+    """What a model writes in the place of examples' answers, as a recipe has it evaluated."""
+    evaluation = recipe.evaluation
+    stop = evaluation.stop
+    if stop is None:
+        stop = () if task.is_chat else ("\n",)
+    return writer(loaded, evaluation.max_new_tokens, stop)
 
 
 def adapt_model(loaded: LoadedModel, section: MaskSection) -> None:

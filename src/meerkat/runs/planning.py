@@ -312,6 +312,7 @@ class _Planner:
         recipe, passes, model = self._recipe, self.passes, self.model
         assembly = assemble(recipe, progress)
         batch = assembly.client(0).batch(0)
+        assembly.objective.refer(assembly.objective.unreferred(batch))
         tokens = sum(pack.tokens for pack in assembly.objective.packs(batch))
         copies = self._copies(tokens)
         forward = _median(lambda: assembly.objective.losses(batch))

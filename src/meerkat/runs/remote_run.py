@@ -96,7 +96,7 @@ def host(
         task = resolve_task(recipe.task)
         training_loss(recipe, task)
         check_subspace(mask.subspace, recipe.subspace, task)
-        metrics = metrics_of(recipe.evaluation.metrics, task.has_classes)
+        metrics = metrics_of(recipe.evaluation.metrics, task.has_classes, task.has_pairs)
         header = header_of(recipe, mask, task.verbalizers, *label_counts)
         proof = Proof(
             header.model, header.space, noise.fingerprint(), header.configuration, mask.probe

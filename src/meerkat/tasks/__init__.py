@@ -64,7 +64,7 @@ def resolve_task(section: TaskSection) -> Task:
         raise DataError(
             f"task.cut = {task.cut!r} is not a field of the prompt; fields: {', '.join(fields)}"
         )
-    if task.answer is None and len(task.verbalizers) < 2:
+    if task.has_classes and len(task.verbalizers) < 2:
         raise DataError(f"task.verbalizers = {list(task.verbalizers)}: a task needs at least two")
     if len(task.label_names) != len(task.verbalizers):
         raise DataError(
@@ -105,8 +105,11 @@ def _require(section: TaskSection) -> None:
     for field in ("source", "prompt"):
         if getattr(section, field) is None:
             raise DataError(f"task.{field} is missing; a custom task needs it")
-    if section.verbalizers is None and section.answer is None:
-        raise DataError("task.verbalizers is missing; a custom task needs it, or task.answer")
+    if section.verbalizers is None and section.answer is None and section.chosen is None:
+        raise DataError(
+            "task.verbalizers is missing; a custom task needs it, or task.answer, or task.chosen "
+            "and task.rejected"
+        )
 
 
 def _overrides(section: TaskSection) -> dict[str, Any]:
@@ -122,7 +125,10 @@ def _overrides(section: TaskSection) -> dict[str, Any]:
         changed["config"] = section.source_config
     if section.holder is not None or section.source is not None:
         changed["holder"] = section.holder
-    if section.answer is not None:
+    if section.chosen is not None:
+        pair = {"chosen": section.chosen, "rejected": section.rejected}
+        changed |= {**pair, "verbalizers": (), "labels": (), "answer": None}
+    elif section.answer is not None:
         changed |= {"verbalizers": (), "labels": ()}
     elif isinstance(section.verbalizers, dict):
         changed["verbalizers"] = tuple(section.verbalizers.values())

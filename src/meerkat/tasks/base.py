@@ -23,8 +23,8 @@ TOKENS = "tokens"
 class Task:
     """A data set as a language model sees it (method.md section 8).
 
-    A task is a classification by `verbalizers`, free text by `answer`, or a conversation by
-    `format`; one of them is set.
+    A task is a classification by `verbalizers`, free text by `answer`, pairs by `chosen` and
+    `rejected`, or a conversation by `format`; one of them is set.
     """
 
     name: str
@@ -40,6 +40,10 @@ class Task:
     """Column of the label."""
     answer: str | None = None
     """Column of a free-text answer."""
+    chosen: str | None = None
+    """Column of the answer of a pair that people prefer."""
+    rejected: str | None = None
+    """Column of the other one."""
     config: str | None = None
     """Configuration of a hub data set or a demo source."""
     train_split: str = "train"
@@ -80,8 +84,20 @@ class Task:
 
     @property
     def has_classes(self) -> bool:
-        """Is it a classification, and not free text or a conversation?"""
-        return self.answer is None and not self.is_chat
+        """Is it a classification, and not free text, pairs or a conversation?"""
+        return self.answer is None and not self.has_pairs and not self.is_chat
+
+    @property
+    def has_pairs(self) -> bool:
+        """Does an example have two answers, one of which is preferred?"""
+        return self.chosen is not None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Columns of the label, the answer, or the two answers."""
+        if self.chosen is not None and self.rejected is not None:
+            return (self.chosen, self.rejected)
+        return (self.label,) if self.answer is None else (self.answer,)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -90,7 +106,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the prompt's fields, and a label (index into the verbalizers) or an answer.
+    """One row: the prompt's fields, and a label (index into the verbalizers), an answer, or two.
 
     Of a conversation the answer is the assistant's last message.
     """
@@ -98,7 +114,10 @@ class Example:
     fields: dict[str, Any]
     label: int = 0
     answer: str = ""
+    """A free text, or the chosen answer of a pair."""
     holder: str = ""
     """Who holds it, where the task has a column for that."""
+    rejected: str = ""
+    """The other answer of a pair."""
     where: str = field(default="", compare=False)
     """Source, split and row of a conversation, for errors about it."""

@@ -9,7 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float64, Int64
 
-__all__ = ["CopyingObjective", "DifferentiableObjective", "Objective", "Predictions"]
+__all__ = [
+    "CopyingObjective",
+    "DifferentiableObjective",
+    "Objective",
+    "Predictions",
+    "ReferringObjective",
+]
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,9 @@ class Predictions:
     """The true classes; 0 for free text."""
     predicted: Int64[np.ndarray, " S"]
     classes: int
-    """1 for free text, which has no classes."""
+    """Answers to choose from: 1 for free text, which has no classes, 2 for pairs."""
+    margins: Float64[np.ndarray, " S"] | None = None
+    """Score of the right answer less the highest of the others; None where there is one answer."""
     written: tuple[str, ...] = ()
     """The answers that the model writes, where a metric compares them."""
     references: tuple[str, ...] = ()
@@ -64,3 +72,14 @@ class CopyingObjective(Objective, Protocol):
         self, examples: Sequence[Any], copies: int
     ) -> Float64[np.ndarray, "copies S"]:
         """The losses of so many copies, which are equally long runs of the pass's tokens."""
+
+
+@runtime_checkable
+class ReferringObjective(Objective, Protocol):
+    """An objective whose losses may compare with the model as it was loaded."""
+
+    def unreferred(self, examples: Sequence[Any]) -> list[Any]:
+        """Those that losses cannot be had of until `refer` has seen them."""
+
+    def refer(self, examples: Sequence[Any]) -> None:
+        """Keep what their losses need of the weights as they are: those that were loaded."""

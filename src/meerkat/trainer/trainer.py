@@ -35,7 +35,7 @@ from meerkat.journal import replay
 from meerkat.models.loading import LoadedModel, load_model, loaded_of
 from meerkat.models.objective import TextObjective
 from meerkat.progress import Progress
-from meerkat.runs.assembly import Assembly, EncodedExamples
+from meerkat.runs.assembly import Assembly, EncodedExamples, writer_of
 from meerkat.runs.directory import holds_run, mask_of, open_journal
 from meerkat.runs.evaluation import evaluate_objective
 from meerkat.runs.events import Observers
@@ -45,7 +45,7 @@ from meerkat.runs.watching import ProgressObserver, SelectionWriter
 from meerkat.spaces.base import ParameterSpace
 from meerkat.spaces.linear import space_of
 from meerkat.tasks import Task, resolve_task
-from meerkat.tasks.metrics import metric_names
+from meerkat.tasks.metrics import metrics_of
 from meerkat.terminal.progress_bar import Bar
 from meerkat.trainer.arguments import TrainingArguments
 from meerkat.trainer.callbacks import CallbackObserver, named
@@ -302,9 +302,13 @@ class Trainer:
     def _metrics(
         self, encoded: EncodedExamples, prefix: str, known: EvalPrediction | None = None
     ) -> dict[str, float]:
-        names = metric_names(self.recipe.evaluation.metrics, self._about.has_classes)
+        about, wanted = self._about, self.recipe.evaluation.metrics
+        chosen = metrics_of(wanted, about.has_classes, about.has_pairs)
+        write = writer_of(self.recipe, about, self._loaded)
         with self._progress() as progress:
-            found = evaluate_objective(self._objective, encoded, names, 0, progress)
+            found = evaluate_objective(
+                self._objective, encoded, chosen, progress=progress, write=write
+            )
         metrics = dict(found.metrics)
         if self._compute is not None:
             known = known or predictions_of(self._objective, encoded, self._reduce)

@@ -16,6 +16,7 @@ from meerkat.tasks.losses.accuracy import Inaccuracy
 from meerkat.tasks.losses.base import Scored, TrainingLoss
 from meerkat.tasks.losses.function import FunctionLoss
 from meerkat.tasks.losses.macro_f1 import MacroF1Loss
+from meerkat.tasks.losses.preference import DPO, SimPO
 from meerkat.tasks.losses.usual import UsualLoss
 
 __all__ = [
@@ -29,8 +30,10 @@ __all__ = [
 
 LOSSES: Mapping[str, Callable[..., TrainingLoss]] = {
     "accuracy": Inaccuracy,
+    "dpo": DPO,
     "loss": UsualLoss,
     "macro_f1": MacroF1Loss,
+    "simpo": SimPO,
 }
 
 _EXACT = ("backward", "forward-mode")
@@ -74,9 +77,10 @@ def _check_kind(chosen: Choice, loss: TrainingLoss, task: Task) -> None:
     Raises:
         RecipeError: No.
     """
-    fits = {"any": True, "answers": task.has_classes, "classes": task.has_classes, "pairs": False}
+    classes, pairs = task.has_classes, task.has_pairs
+    fits = {"any": True, "answers": classes or pairs, "classes": classes, "pairs": pairs}
     if not fits[loss.of]:
-        kind = "has classes" if task.has_classes else "is free text"
+        kind = "has classes" if classes else "is of pairs" if pairs else "is free text"
         usable = [name for name, other in LOSSES.items() if fits[other.of]]  # type: ignore[attr-defined]
         raise RecipeError(
             f"task.objective = {chosen.kind!r} is about {loss.of}, and the task {kind}; known for "

@@ -12,6 +12,7 @@ from meerkat.tasks.metrics.accuracy import Accuracy
 from meerkat.tasks.metrics.base import Metric, Sums
 from meerkat.tasks.metrics.by_class import BalancedAccuracy, MacroF1
 from meerkat.tasks.metrics.loss import Loss
+from meerkat.tasks.metrics.preference import Margin, PreferenceAccuracy
 from meerkat.tasks.metrics.texts import (
     ExactMatch,
     Function,
@@ -45,6 +46,8 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Accuracy(),
     "macro_f1": MacroF1(),
     "balanced_accuracy": BalancedAccuracy(),
+    "preference_accuracy": PreferenceAccuracy(),
+    "margin": Margin(),
 }
 
 TEXT_METRICS: Mapping[str, Metric] = {
@@ -58,32 +61,39 @@ WITH_OPTIONS: Mapping[str, type[Regex] | type[Function]] = {"regex": Regex, "fun
 """Those of written answers that have options; the option `name` is their name in results."""
 
 _CLASSIFICATION = ("accuracy", "macro_f1")
+_PAIRS = ("preference_accuracy", "margin")
 
 
-def metrics_of(wanted: Sequence[Choice | str], has_classes: bool) -> dict[str, Metric]:
+def metrics_of(
+    wanted: Sequence[Choice | str], has_classes: bool, has_pairs: bool = False
+) -> dict[str, Metric]:
     """By name the loss, then what a recipe asks for, or what the kind of task has by default.
 
     No function of a recipe is imported here.
 
     Raises:
-        RecipeError: A metric is not known, has a wrong option, needs classes where there are none,
-            or compares written answers where there are classes.
+        RecipeError: A metric is not known, has a wrong option, needs classes or pairs where there
+            are none, or compares written answers where there are several to choose from.
     """
-    if not wanted and has_classes:
-        wanted = _CLASSIFICATION
+    wanted = wanted or (_CLASSIFICATION if has_classes else _PAIRS if has_pairs else ())
     found: dict[str, Metric] = {LOSS: METRICS[LOSS]}
     for asked in wanted:
         choice = Choice(kind=asked) if isinstance(asked, str) else asked
         name, metric = _metric(choice)
         if metric.of_classes and not has_classes:
             raise RecipeError(
-                f"evaluation.metrics: {name!r} is about classes, and the task is free text; "
-                "leave it out"
+                f"evaluation.metrics: {name!r} is about classes, and the task is "
+                f"{'of pairs' if has_pairs else 'free text'}; leave it out"
             )
-        if isinstance(metric, TextMetric) and has_classes:
+        if isinstance(metric, TextMetric) and (has_classes or has_pairs):
             raise RecipeError(
-                f"evaluation.metrics: {name!r} compares written answers, and the task has classes; "
-                "leave it out"
+                f"evaluation.metrics: {name!r} compares written answers, and the task has "
+                f"{'classes' if has_classes else 'pairs'}; leave it out"
+            )
+        if name in _PAIRS and not has_pairs:
+            raise RecipeError(
+                f"evaluation.metrics: {name!r} is about pairs, and the task has none; leave it "
+                "out, or name task.chosen and task.rejected"
             )
         if name in found and found[name] != metric:
             raise RecipeError(
@@ -113,9 +123,11 @@ def _metric(choice: Choice) -> tuple[str, Metric]:
     return kind, metric
 
 
-def metric_names(wanted: Sequence[Choice | str], has_classes: bool) -> tuple[str, ...]:
+def metric_names(
+    wanted: Sequence[Choice | str], has_classes: bool, has_pairs: bool = False
+) -> tuple[str, ...]:
     """The names of `metrics_of`."""
-    return tuple(metrics_of(wanted, has_classes))
+    return tuple(metrics_of(wanted, has_classes, has_pairs))
 
 
 def compares_texts(metrics: Mapping[str, Metric]) -> bool:
