@@ -91,13 +91,18 @@ def test_the_reference_has_every_field_command_and_name(site: Path) -> None:
 
 
 def test_a_link_to_nothing_ends_the_build(tmp_path: Path) -> None:
-    for name in ("docs", "website", "README.md", "pyproject.toml"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
-        copy(ROOT / name, tmp_path / name)
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    for name in ("deploy", "docker", "docs", "experiments", "recipes", "website"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, tmp_path / path.name)
     (tmp_path / "docs/broken.md").write_text("# Broken\n\n[nowhere](missing.md)\n")
     done = build(tmp_path / "build", tmp_path)
     assert done.returncode != 0
-    assert "missing.md" in re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
+    told = re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
+    assert "missing.md" in told
+    assert "1 issue found" in told
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="Chromium is not installed")
