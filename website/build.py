@@ -1,4 +1,4 @@
-"""Build the documentation site from the repository's documents, docstrings and schema.
+"""Build the documentation site from the repository's documents, docstrings, notebook and schema.
 
     python website/build.py                    # into build/site
     python website/build.py --to FOLDER
@@ -51,6 +51,8 @@ def main() -> int:
     pages = work / "pages"
     shutil.rmtree(pages, ignore_errors=True)
     copy_documents(pages)
+    for notebook in pages.glob("docs/*.ipynb"):
+        show_notebook(notebook)
     write_reference(pages / "docs/reference")
     settings = (HERE / "zensical.toml").read_text("utf-8").replace("../../src", str(ROOT / "src"))
     nav = f"[project]\nnav = {navigation(pages)}\n"
@@ -66,6 +68,23 @@ def copy_documents(pages: Path) -> None:
                 to = pages / path.relative_to(ROOT)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, to)
+                if to.suffix == ".md":  # notebooks become pages
+                    text = to.read_text("utf-8")
+                    to.write_text(text.replace(".ipynb)", ".md)"), "utf-8")
+
+
+def show_notebook(notebook: Path) -> None:
+    """A page of a notebook with the outputs that it holds, in its place."""
+    from nbconvert import MarkdownExporter
+
+    names = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}-files"}
+    text, made = MarkdownExporter().from_filename(str(notebook), resources=names)
+    notebook.with_suffix(".md").write_text(text, "utf-8")
+    for name, content in made["outputs"].items():
+        path = notebook.parent / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    notebook.unlink()
 
 
 def write_reference(folder: Path) -> None:
