@@ -1,10 +1,11 @@
 """What training takes above the loaded model: `meerkat.Trainer` beside transformers' own.
 
-Gemma 3 270M in float32, batches of 8 rows of 64 tokens, of which the last two are scored, two steps
+A demo model in float32, batches of 8 rows of 64 tokens, of which the last two are scored, two steps
 each. Every row of the table is a process of its own; the peak of resident memory starts to count
 once the model is there and has been read through.
 
-    python experiments/trainer_memory.py
+    python experiments/trainer_memory.py                    # Gemma 3 270M
+    python experiments/trainer_memory.py demo:smollm2-135m
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 import meerkat
 from meerkat.benchmarks.machine import peak_bytes, reset_peak, resident_bytes, seconds
 from meerkat.config import load_recipe
+from meerkat.models.demo_models import DEMO
 from meerkat.models.loading import fingerprint, load_model
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.toml"
@@ -46,7 +48,7 @@ def rows_of() -> list[dict[str, list[int]]]:
     draw = np.random.default_rng(0)
     found = []
     for _ in range(ROWS):
-        ids = draw.integers(5, 200_000, TOKENS).tolist()
+        ids = draw.integers(5, 40_000, TOKENS).tolist()
         found.append({"input_ids": ids, "labels": [-100] * (TOKENS - 2) + ids[-2:]})
     return found
 
@@ -84,9 +86,9 @@ def theirs(name: str, model: Any, folder: str) -> Callable[[], object]:
     return trainer.train
 
 
-def child(name: str) -> None:
+def child(model: str, name: str) -> None:
     torch.set_num_threads(1)
-    recipe = load_recipe(RECIPE, ["model.dtype=float32"])
+    recipe = load_recipe(RECIPE, ["model.dtype=float32", f"model.name={model}"])
     loaded = load_model(recipe.model, recipe.runtime)
     with tempfile.TemporaryDirectory() as folder:
         if name in OURS:
@@ -101,12 +103,13 @@ def child(name: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        child(sys.argv[1])
+    if len(sys.argv) > 2:
+        child(sys.argv[1], sys.argv[2])
         return
-    print(f"| {BATCH} rows of {TOKENS} tokens, float32 | MB above the loaded model |\n|---|---|")
+    model = sys.argv[1] if len(sys.argv) > 1 else DEMO
+    print(f"| {model}, {BATCH} rows of {TOKENS} tokens | MB above the model |\n|---|---|")
     for name in (*OURS, *THEIRS):
-        command = [sys.executable, __file__, name]
+        command = [sys.executable, __file__, model, name]
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode:
             sys.exit(found.stderr)
