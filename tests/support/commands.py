@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from meerkat.cli import app
 
-_PROGRESS = ("Loading", "Calibrating", "Evaluating", "Fine-tuning")
+_PROGRESS = ("Loading", "Calibrating", "Evaluating", "Fine-tuning", "Trials")
 
 
 def toml_of(data: dict[str, Any]) -> str:

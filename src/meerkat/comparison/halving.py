@@ -61,8 +61,8 @@ class Plan:
 
     def passes(self, trial: Trial, rungs: int) -> int:
         """Example passes of a trial over so many rungs: steps of all clients, and evaluations."""
-        done = trial.rounds[rungs - 1] if rungs else 0
-        return done * _round_passes(trial.recipe) + self.validation * (rungs + 1)
+        ends = {0, *trial.rounds[:rungs]}  # a trial that may not be longer has the same end twice
+        return max(ends) * _round_passes(trial.recipe) + self.validation * len(ends)
 
 
 def read_tries(texts: Sequence[str], recipe: Recipe) -> dict[str, list[Any]]:

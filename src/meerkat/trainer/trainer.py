@@ -8,6 +8,7 @@ It is a recipe with `federation.clients = 1` whose model and data were handed ov
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -168,7 +169,8 @@ class Trainer:
                 summary = start_run(self.recipe, directory, watching, progress, given)
         self.state = watching.state
         self._place()
-        loss = sum(watching.losses) / len(watching.losses)
+        losses = watching.losses
+        loss = sum(losses) / len(losses) if losses else math.nan
         metrics = {"train_runtime": summary["seconds"], "train_loss": loss}
         return TrainOutput(self.state.global_step, loss, metrics)
 
