@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from meerkat import api
-from meerkat.config import Recipe, load_recipe
+from meerkat.config import load_recipe
 from meerkat.data.encoders import encoder_of
 from meerkat.data.sources import rows_as_examples
 from meerkat.errors import DataError, ModelError, RecipeError, RunError
@@ -50,14 +50,14 @@ from meerkat.tasks.metrics import metrics_of
 from meerkat.terminal.progress_bar import Bar
 from meerkat.trainer.arguments import TrainingArguments
 from meerkat.trainer.callbacks import CallbackObserver, named
-from meerkat.trainer.checks import as_floats, best_step, check_recipe, check_same
+from meerkat.trainer.checks import as_floats, best_step, check_same
+from meerkat.trainer.made_recipe import DATA, name_of, recipe_for
 from meerkat.trainer.predictions import Reduce, predictions_of
-from meerkat.trainer.rows import as_rows, columns_of, holds_tokens, longest, write_rows
+from meerkat.trainer.rows import as_rows, columns_of, longest, write_rows
 
 __all__ = ["Trainer"]
 
-_DATA, _ASKED, _MODEL = "data", "trainer.json", "model"
-_IN_MEMORY = "in-memory"
+_ASKED, _MODEL = "trainer.json", "model"
 _PUBLIC = {"train": "train_dataset", "test": "eval_dataset"}
 
 
@@ -105,8 +105,7 @@ class Trainer:
             raise DataError("give train_dataset, or eval_dataset to evaluate on")
         self.args, self.state = args, TrainerState(log_history=[])
         self._given, self._tokenizer = model, processing_class
-        self._task, self._compute = task, compute_metrics
-        self._reduce = preprocess_logits_for_metrics
+        self._compute, self._reduce = compute_metrics, preprocess_logits_for_metrics
         self._callbacks: list[TrainerCallback] = []
         for callback in callbacks or ():
             self.add_callback(callback)
@@ -114,7 +113,7 @@ class Trainer:
         self._rows = {
             name: as_rows(some, _PUBLIC[name]) for name, some in sets.items() if some is not None
         }
-        self.recipe = self._recipe()
+        self.recipe = recipe_for(args, model, self._rows, task)
         """What `meerkat run` would be given for the same run."""
         self._about = resolve_task(self.recipe.task)
         self._rows = {
@@ -164,7 +163,7 @@ class Trainer:
             if resume:
                 summary = resume_run(directory, watching, progress, given=given)
             else:
-                write_rows(self._rows, directory / _DATA)
+                write_rows(self._rows, directory / DATA)
                 (directory / _ASKED).write_text(self.recipe.to_json(), "utf-8")
                 summary = start_run(self.recipe, directory, watching, progress, given)
         self.state = watching.state
@@ -243,7 +242,7 @@ class Trainer:
     def _tokenizer_of(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
         if self._tokenizer is not None:
             return self._tokenizer
-        name = _name_of(model)
+        name = name_of(model)
         try:
             return AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
@@ -252,48 +251,12 @@ class Trainer:
                 f"processing_class is missing, and {name!r} has no tokenizer: {reason}"
             ) from None
 
-    def _section(self) -> dict[str, Any]:
-        """[task] of the run."""
-        rows = self._rows
-        if self._task is None and not all(map(holds_tokens, rows.values())):
-            columns = ", ".join(next(iter(rows.values())).column_names)
-            raise DataError(
-                f"rows of texts ({columns}) need a task: task={{'prompt': …, 'label': …, "
-                "'verbalizers': …}, or tokenise them to input_ids and labels"
-            )
-        own = {"name": "custom"} if self._task is not None else {"name": "tokens"}
-        held_out = {"test_split": "test"} if "test" in rows else {}
-        places = {"source": str(self.args.directory / _DATA), "train_split": "train", **held_out}
-        return {**own, **(self._task or {}), **places}
-
-    def _recipe(self) -> Recipe:
-        data: dict[str, Any] = {"task": self._section()}
-        sets = self._rows
-        if "test" in sets:
-            data["evaluation"] = {"examples": len(sets["test"])}
-        in_memory = not isinstance(self._given, str)
-        data["model"] = self._model_section()
-        if in_memory:
-            data["runtime"] = {"compute": "stored"}
-        recipe = self.args.recipe(data, len(sets.get("train", ())) or 1)
-        check_recipe(recipe, data["model"] if in_memory else {})
-        return recipe
-
-    def _model_section(self) -> dict[str, str]:
-        """[model] of the run."""
-        if isinstance(self._given, str):
-            return {"name": self._given}
-        dtype = str(self._given.dtype).removeprefix("torch.")
-        if dtype not in ("float32", "bfloat16"):
-            raise ModelError(f"the model is in {dtype}; load it in float32 or bfloat16")
-        return {"name": _name_of(self._given), "dtype": dtype}
-
     def _progress(self) -> AbstractContextManager[Progress]:
         return nullcontext(Progress()) if self.args.disable_tqdm else Bar()
 
     def _encoded(self, rows: datasets.Dataset) -> EncodedExamples:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / _DATA
+            folder = Path(scratch) / DATA
             write_rows({"test": columns_of(rows, self._about, "the data set")}, folder)
             task: Task = dataclasses.replace(self._about, source=str(folder))
             examples = rows_as_examples(task, "test")
@@ -363,7 +326,3 @@ class Trainer:
             )
         check_same(load_recipe(directory / _ASKED), self.recipe)
         return True
-
-
-def _name_of(model: PreTrainedModel) -> str:
-    return getattr(model.config, "name_or_path", "") or _IN_MEMORY
