@@ -20,7 +20,7 @@ from meerkat.progress import Progress
 from meerkat.runs.best_round import last_round
 from meerkat.runs.early_stopping import EarlyStopping
 from meerkat.runs.events import RunObserver
-from meerkat.runs.given import Stops, never
+from meerkat.runs.pausing import Stops, never
 from meerkat.runs.renewal import Renewals
 from meerkat.zo.log import Log
 from meerkat.zo.state import ModelState

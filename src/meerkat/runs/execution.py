@@ -21,7 +21,7 @@ from meerkat.runs.directory import journal_path, mask_path, open_journal, summar
 from meerkat.runs.driver import Evaluator, restore_state, train
 from meerkat.runs.early_stopping import EarlyStopping, check_signal
 from meerkat.runs.events import RunInfo, RunObserver
-from meerkat.runs.given import Stops, never
+from meerkat.runs.pausing import Stops, never
 from meerkat.runs.renewal import MakeMask, Renewals
 from meerkat.runs.summary import summarise
 from meerkat.spaces.mask_file import Mask, save_mask

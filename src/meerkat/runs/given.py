@@ -6,19 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from meerkat.runs.pausing import Stops, never
+
 if TYPE_CHECKING:
     from meerkat.models.loading import LoadedModel
     from meerkat.runs.assembly import Assembly
 
-__all__ = ["Given", "Stops", "never"]
-
-Stops = Callable[[int], bool]
-"""Rounds done → does the run pause here? It is evaluated there, and can be resumed."""
-
-
-def never(rounds: int) -> bool:
-    """The run goes on to its end."""
-    return False
+__all__ = ["Given"]
 
 
 def _nothing(assembly: Assembly) -> dict[str, float]:
