@@ -210,20 +210,24 @@ def test_plain_peft_loads_a_sparse_change(
     model = {"name": str(base), "dtype": dtype}
     mask = {"density": 0.005}
     out = make_run(tiny_recipe_data, tmp_path / "run", model=model, mask=mask)
-    plain = load(meerkat.export(out, tmp_path / "merged"), dtype=dtype)
-    before = logits(load(base, dtype=dtype))
-    moved = (logits(plain) - before).norm()
-    assert moved > 0
+    merged_folder = meerkat.export(out, tmp_path / "merged")
     for form in ("peft", "shira"):
+        # Factors are added to outputs, whose rounding in bfloat16 is larger than any change here.
+        in_full = form == "peft"
+        plain, first, second = (
+            load(path, dtype=dtype).to(torch.float32 if in_full else getattr(torch, dtype))
+            for path in (merged_folder, base, base)
+        )
+        moved = (logits(plain) - logits(first)).norm()
+        assert moved > 0
         folder = meerkat.export(out, tmp_path / form, **{form: True})
-        adapted = peft.PeftModel.from_pretrained(load(base, dtype=dtype), folder).eval()
-        exact = form == "shira" and dtype == "bfloat16"
-        assert (logits(adapted) - logits(plain)).norm() <= (0 if exact else 0.05 * moved)
+        adapted = peft.PeftModel.from_pretrained(second, folder).eval()
+        exact = not in_full and dtype == "bfloat16"
+        assert (logits(adapted) - logits(plain)).norm() <= (0 if exact else 1e-3 * moved)
         whole = adapted.merge_and_unload()
         for ours, theirs in zip(plain.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-        card = ModelCard.load(folder / "README.md")
-        assert card.data.library_name == "peft"
+        assert ModelCard.load(folder / "README.md").data.library_name == "peft"
 
 
 def test_the_sizes_of_what_can_be_exported(out: Path, tmp_path: Path) -> None:
