@@ -39,6 +39,7 @@ from meerkat.engines.base import Assignment
 from meerkat.engines.requests import EvaluationRequest, RoundRequest
 from meerkat.federation.messages import ClientReport, RoundPlan
 from meerkat.journal import Journal, replay
+from meerkat.tasks.metrics import METRICS
 from meerkat.transport.client_frames import Failed, Hello, Need, WantSpace
 from meerkat.transport.frame import DownFrame, encode
 from meerkat.transport.server_frames import EvaluateRequest, Plan, Refused, SpaceFile, Welcome
@@ -212,7 +213,7 @@ def test_positions_that_clients_claim_take_no_memory(kind: str) -> None:
     request: Any = (
         RoundRequest(Assignment({0: plan}, state.digest, algorithm, log, state), 1e6)
         if kind == "round"
-        else EvaluationRequest(300, state, log, ("loss",), 2)
+        else EvaluationRequest(300, state, log, {"loss": METRICS["loss"]}, 2)
     )
     request.frames(0, None)
     tracemalloc.start()

@@ -1047,11 +1047,13 @@ def test_settings_of_a_node() -> None:
     given = NodeConfig(2, Path("some/folder"), "m", Path("f"), "cpu", 3)
     assert NodeConfig.of(config, trusted=True) == replace(given, gradients=True)
     # Unless its operator says otherwise, a node loads only what is shipped.
-    shipped = {"allow_models": ("demo:gemma-3-270m",), "allow_sources": ("demo",)}
+    code = {"allow_functions": (), "allow_template": False}
+    shipped = {"allow_models": ("demo:gemma-3-270m",), "allow_sources": ("demo",), **code}
     assert NodeConfig.of(config) == replace(given, **shipped)
     assert NodeConfig.of({"partition-id": "7"}) == NodeConfig(7, **shipped)
     lists = {"allow-models": "org/*, /models/a ,", "allow-sources": "", "most-tokens": "512"}
-    allowed = NodeConfig(7, allow_models=("org/*", "/models/a"), allow_sources=(), most_tokens=512)
+    models = ("org/*", "/models/a")
+    allowed = NodeConfig(7, allow_models=models, allow_sources=(), most_tokens=512, **code)
     assert NodeConfig.of({"partition-id": 7, **lists}) == allowed
 
 

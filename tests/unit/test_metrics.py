@@ -200,12 +200,14 @@ class Scripted:
 @given(found=predictions(), batch_size=st.integers(1, 70))
 def test_batches_do_not_change_an_evaluation(found: Predictions, batch_size: int) -> None:
     names, examples = tuple(METRICS), list(range(len(found.labels)))
-    evaluated = evaluate_objective(Scripted(found), examples, names, round=3, batch_size=batch_size)
+    metrics = {name: METRICS[name] for name in names}
+    scripted = Scripted(found)
+    evaluated = evaluate_objective(scripted, examples, metrics, round=3, batch_size=batch_size)
     assert tuple(evaluated.metrics) == names
     assert (evaluated.round, evaluated.examples) == (3, len(examples))
     for name in names:
         assert evaluated.metrics[name] == pytest.approx(value(name, found), rel=1e-12)
-    sums = evaluation_sums(Scripted(found), examples, names, batch_size=batch_size)
+    sums = evaluation_sums(Scripted(found), examples, metrics, batch_size=batch_size)
     assert metric_values(sums, len(examples)) == evaluated.metrics
 
 

@@ -13,7 +13,7 @@ from meerkat.models.loading import LoadedModel
 __all__ = ["generate", "writer"]
 
 _TOGETHER = 16
-"""Prompts at a time."""
+"""Most prompts at a time."""
 
 
 @torch.inference_mode()
@@ -22,6 +22,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     most: int,
     ends: frozenset[int],
+    tokens_per_pass: int = 16384,
 ) -> list[tuple[int, ...]]:
     """The likeliest next token, again and again, at the weights as they are.
 
@@ -31,12 +32,15 @@ def generate(
         prompts: Tokens of each, at least one.
         most: Most tokens of an answer.
         ends: Tokens that end an answer, which are no part of it.
+        tokens_per_pass: Most tokens, of prompts with their answers, at a time.
     """
+    longest = most + max(map(len, prompts), default=0)
+    together = max(1, min(_TOGETHER, tokens_per_pass // longest))
     found: list[tuple[int, ...]] = [()] * len(prompts)
     # Prompts of like length together: the shorter ones are padded.
     order = sorted(range(len(prompts)), key=lambda which: len(prompts[which]))
-    for begin in range(0, len(order), _TOGETHER):
-        chosen = order[begin : begin + _TOGETHER]
+    for begin in range(0, len(order), together):
+        chosen = order[begin : begin + together]
         written = _together(model, [prompts[which] for which in chosen], most, ends)
         for which, tokens in zip(chosen, written, strict=True):
             last = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
@@ -74,18 +78,19 @@ def _together(
 
 
 def writer(
-    loaded: LoadedModel, most: int, stop: Sequence[str] = ()
+    loaded: LoadedModel, most: int, tokens_per_pass: int, stop: Sequence[str] = ()
 ) -> Callable[[Sequence[Encoded]], list[str]]:
     """A function from examples to what the model writes in the place of their last answers.
 
     Args:
         most: Most tokens of an answer.
+        tokens_per_pass: As for `generate`.
         stop: Texts before which an answer ends, besides the model's own end.
     """
 
     def write(examples: Sequence[Encoded]) -> list[str]:
         leads = [example.lead for example in examples]
-        written = generate(loaded.model, leads, most, loaded.ends)
+        written = generate(loaded.model, leads, most, loaded.ends, tokens_per_pass)
         texts = [loaded.tokenizer.decode(list(t), skip_special_tokens=True) for t in written]
         return [_until(str(text).strip(), stop) for text in texts]
 

@@ -188,6 +188,7 @@ class NodeConfig:
         self._check_code(recipe)
         for field, size in (
             ("task.max_length", recipe.task.max_length),
+            ("evaluation.max_new_tokens", recipe.evaluation.max_new_tokens),
             ("federation.batch_size", recipe.federation.batch_size),
         ):
             if size > self.most_tokens:

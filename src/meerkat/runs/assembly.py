@@ -312,7 +312,7 @@ def writer_of(recipe: Recipe, task: Task, loaded: LoadedModel) -> Write:
     stop = evaluation.stop
     if stop is None:
         stop = () if task.is_chat else ("\n",)
-    return writer(loaded, evaluation.max_new_tokens, stop)
+    return writer(loaded, evaluation.max_new_tokens, recipe.runtime.tokens_per_pass, stop)
 
 
 def adapt_model(loaded: LoadedModel, section: MaskSection) -> None:
