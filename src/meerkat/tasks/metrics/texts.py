@@ -34,6 +34,8 @@ class TextMetric:
     title: str
     percent, lower_is_better, of_classes = True, False, False
     largest: float = 1.0
+    name: str = ""
+    """In results, where it has options."""
 
     def score(self, prediction: str, reference: str) -> float:
         """How good a written answer is."""
