@@ -21,8 +21,9 @@ RECORDED = {
     "demo.toml": "71be513577b1c031",
     "meerkat-vp.toml": "1110c391978ba9f2",
     "deploy.toml": "82ed1bdf19a65306",
+    "chat.toml": "1dc75a65d3d8c08b",
 }
-"""First digits of fingerprints, as version 0.1 gave them."""
+"""First digits of fingerprints, as version 0.1 gave them, or the one that a recipe came with."""
 PLAIN_DEMO = "cd18db9c9d855ada"
 """Of the demo without its subspace."""
 
@@ -50,7 +51,8 @@ def test_all_recipes_have_a_recorded_fingerprint() -> None:
         {"optimizer": {"rule": "sgd", "estimator": {"kind": "two-point"}}},
         {"federation": {"aggregator": "mean", "transforms": []}},
         {"noise": {"keys": "fresh"}},
-        {"evaluation": {"metrics": []}},
+        {"evaluation": {"metrics": [], "max_new_tokens": 64, "stop": None}},
+        {"task": {"format": "columns", "chat_template": None}},
         {"evaluation": {"validation": 0, "patience": 0}, "task": {"validation_split": None}},
         {"runtime": {"threads": 3, "mask_passes": 2}, "network": {"quorum": 1}},
     ],
