@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,16 @@ from torch.nn.functional import cross_entropy
 
 from meerkat.errors import RecipeError
 from meerkat.models.objective import TextObjective
+from meerkat.node.config import NodeConfig
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.tasks import resolve_task
-from meerkat.tasks.losses import Scored, TrainingLoss, UsualLoss, training_loss
+from meerkat.tasks.losses import (
+    Scored,
+    TrainingLoss,
+    UsualLoss,
+    import_objective,
+    training_loss,
+)
 from meerkat.tasks.losses.accuracy import Inaccuracy
 from meerkat.tasks.losses.function import FunctionLoss
 from meerkat.tasks.losses.macro_f1 import MacroF1Loss
@@ -256,6 +264,24 @@ def test_an_objective_that_does_not_fit(
     with pytest.raises(RecipeError, match=message) as caught:
         training_loss(recipe, resolve_task(recipe.task))
     assert "\n" not in str(caught.value)
+
+
+def test_a_node_imports_no_function_that_its_operator_has_not_allowed(own: str) -> None:
+    """Whatever the server's recipe names; a simulation's operator is the server's."""
+    objective = f"{own}:each"
+    sent = make_recipe(model={"name": "demo:gemma-3-270m"}, task={"objective": objective}).to_json()
+    message = rf"task\.objective = '{objective}' is not allowed at this node; .* allow-functions"
+    for allowed in ({}, {"allow-functions": "other:*"}, {"allow-functions": ""}):
+        with pytest.raises(RecipeError, match=message) as caught:
+            NodeConfig.of({"partition-id": 0, **allowed}).recipe(sent)
+        assert "\n" not in str(caught.value)
+    assert own not in sys.modules
+    for name in (objective, f"{own}:*"):
+        found = NodeConfig.of({"partition-id": 0, "allow-functions": name}).recipe(sent)
+        assert found.task.objective.kind == objective
+    assert NodeConfig.of({"partition-id": 0}, trusted=True).recipe(sent).task.objective
+    import_objective(found)
+    assert own in sys.modules
 
 
 def test_the_usual_objective_names_no_other_run() -> None:

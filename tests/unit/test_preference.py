@@ -56,8 +56,12 @@ def test_a_row_is_an_example_with_two_answers_of_its_own(tmp_path: Path) -> None
     example = load_examples(task, recipe.task).train[0]
     loaded = tiny_model()
     encoded = Encoder(task, loaded.tokenizer, 64, loaded.window).encode(example)
-    texts = [loaded.tokenizer.decode(answer).strip() for answer in encoded.answers]
-    assert texts == [example.answer, example.rejected] == ["good answer", example.rejected]
+    assert example.answer == "good answer"
+    assert example.rejected.startswith("bad ")
+    texts = (example.answer, example.rejected)
+    assert encoded.answers == tuple(
+        tuple(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+    )
     assert encoded.label == 0
 
 
