@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from meerkat.errors import RecipeError
 
-__all__ = ["build", "imported_function", "look_up", "names_function"]
+__all__ = ["build", "look_up"]
 
 T = TypeVar("T")
 
@@ -28,42 +27,6 @@ def look_up(table: Mapping[str, T], name: str, field: str) -> T:
     if name not in table:
         raise RecipeError(f"{field} = {name!r} is not known; known are {', '.join(sorted(table))}")
     return table[name]
-
-
-def names_function(name: str) -> bool:
-    """Is it the name of a function of the user's own, and not of something registered?
-
-    >>> names_function("mine.losses:focal"), names_function("macro_f1")
-    (True, False)
-    """
-    return ":" in name
-
-
-def imported_function(path: str, field: str) -> Callable[..., Any]:
-    """The function `module:function`; importing it runs the module.
-
-    Modules are found as Python finds them: installed, or in a folder of `PYTHONPATH`.
-
-    Raises:
-        RecipeError: There is no such module or function, or the module fails.
-
-    >>> imported_function("math:hypot", "task.objective")(3, 4)
-    5.0
-    """
-    module, _, name = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:  # a module of somebody else's may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RecipeError(
-            f"{field} = {path!r}: module {module!r} cannot be imported: {reason}; install it, or "
-            "put its folder on PYTHONPATH"
-        ) from error
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise RecipeError(f"{field} = {path!r}: module {module!r} has no function {name!r}")
-    return found
 
 
 def build(

@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from meerkat.config import Recipe, Runtime, parse_recipe
 from meerkat.errors import ProtocolError, RecipeError
 from meerkat.models.demo_models import DEMO
-from meerkat.registry import names_function
+from meerkat.tasks.functions import is_function
 from meerkat.tasks.metrics import functions_in
 
 __all__ = ["NodeConfig"]
@@ -176,7 +176,7 @@ class NodeConfig:
         if self.data is None and recipe.task.source is not None:
             asked.append(("task.source", recipe.task.source, self.allow_sources, "allow-sources"))
         objective = recipe.task.objective.kind
-        if names_function(objective):
+        if is_function(objective):
             asked.append(("task.objective", objective, self.allow_functions, "allow-functions"))
         for field, name, patterns, setting in asked:
             climbs = ".." in Path(name).parts  # a wildcard is no way out of a folder

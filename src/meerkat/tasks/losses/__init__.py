@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from meerkat.config import Recipe
 from meerkat.config.sections import Choice
 from meerkat.errors import RecipeError
-from meerkat.registry import build, imported_function, names_function
+from meerkat.registry import build
 from meerkat.tasks.base import Task
+from meerkat.tasks.functions import is_function, own_function
 from meerkat.tasks.losses.accuracy import Inaccuracy
 from meerkat.tasks.losses.base import Scored, TrainingLoss
 from meerkat.tasks.losses.function import FunctionLoss
@@ -50,7 +51,7 @@ def training_loss(recipe: Recipe, task: Task) -> TrainingLoss:
             become coefficients.
     """
     chosen = recipe.task.objective
-    if names_function(chosen.kind):
+    if is_function(chosen.kind):
         return FunctionLoss(chosen.kind, chosen.options)
     loss = build(LOSSES, chosen.kind, chosen.options, "task.objective")
     _check_kind(chosen, loss, task)
@@ -67,8 +68,8 @@ def import_objective(recipe: Recipe) -> None:
     Raises:
         RecipeError: There is none of this name.
     """
-    if names_function(recipe.task.objective.kind):
-        imported_function(recipe.task.objective.kind, "task.objective")
+    if is_function(recipe.task.objective.kind):
+        own_function(recipe.task.objective.kind, "task.objective")
 
 
 def _check_kind(chosen: Choice, loss: TrainingLoss, task: Task) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from meerkat.errors import RecipeError
-from meerkat.registry import imported_function
+from meerkat.tasks.functions import own_function
 from meerkat.tasks.losses.base import Kind, Scored
 
 __all__ = ["FunctionLoss"]
@@ -36,7 +36,7 @@ class FunctionLoss:
         """Raises:
         RecipeError: The function fails, or gives neither S numbers nor one.
         """
-        function, examples = imported_function(self.path, "task.objective"), len(batch.labels)
+        function, examples = own_function(self.path, "task.objective"), len(batch.labels)
         try:
             found = function(batch.scores, batch.labels, **self.options)
             if not hasattr(found, "new_tensor"):
