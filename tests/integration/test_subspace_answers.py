@@ -16,12 +16,13 @@ from builders import ARCHITECTURES, merged, tiny_model
 
 import meerkat
 from meerkat.config import parse_recipe
+from meerkat.data import encoding
 from meerkat.data.encoding import Encoded
 from meerkat.errors import RecipeError
 from meerkat.models.loading import LoadedModel
 from meerkat.models.objective import TextObjective
-from meerkat.runs import assembly, finding_subspace
-from meerkat.runs.finding_subspace import _answer_scores
+from meerkat.runs import finding_subspace
+from meerkat.runs.modalities.texts import Texts
 from meerkat.spaces import alignment
 from meerkat.spaces.alignment import Scheme, score_gradients
 from meerkat.spaces.answers import drawn_answer
@@ -101,7 +102,7 @@ def test_scores_of_answers_of_several_tokens(scheme: Scheme) -> None:
     examples = [Encoded(e.prompt, e.answers[:count], 0) for e in EXAMPLES]
     parameters = dict(loaded.model.named_parameters())
     found = score_gradients(
-        lambda e: _answer_scores(objective, e), parameters, examples, mask, scheme, seed=3
+        lambda e: Texts().answer_scores(objective, e), parameters, examples, mask, scheme, seed=3
     )
     draw = np.random.Generator(np.random.Philox(3))
     for name in mask.names:
@@ -121,7 +122,7 @@ def test_the_score_of_a_drawn_answer() -> None:
     examples = [Encoded(e.prompt, (e.answers[0],), 0) for e in EXAMPLES]
     parameters = dict(loaded.model.named_parameters())
     found = score_gradients(
-        lambda e: _answer_scores(objective, e), parameters, examples, mask, "given"
+        lambda e: Texts().answer_scores(objective, e), parameters, examples, mask, "given"
     )
     for name in mask.names:
         parameters[name].requires_grad_(True)
@@ -246,14 +247,14 @@ def test_answers_stay_within_the_longest_example(
     max_length: int,
 ) -> None:
     prompts: list[int] = []
-    encode = assembly.Encoder.encode
+    encode = encoding.Encoder.encode
 
     def watched(self: Any, example: Any) -> Encoded:
         found = encode(self, example)
         prompts.append(len(found.prompt))
         return found
 
-    monkeypatch.setattr(assembly.Encoder, "encode", watched)
+    monkeypatch.setattr(encoding.Encoder, "encode", watched)
     meerkat.calibrate(parse_recipe(merged(free_text, task={"max_length": max_length})))
     assert len(drawn) == TEXTS
     for prompt, answer in zip(prompts, drawn, strict=False):
@@ -305,7 +306,7 @@ def test_large_scores_are_kept_in_a_file(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def made() -> np.ndarray:
         return score_gradients(
-            lambda e: _answer_scores(objective, e), parameters, EXAMPLES, mask, "mixed"
+            lambda e: Texts().answer_scores(objective, e), parameters, EXAMPLES, mask, "mixed"
         )
 
     in_memory = made()

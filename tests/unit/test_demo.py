@@ -211,17 +211,17 @@ def test_a_packaged_file_is_checked_and_the_package_is_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = packaged(tmp_path, monkeypatch, b"right")
-    assert model.gguf(tmp_path) == tmp_path / "packaged_model" / "m.gguf"
+    assert model.checked_file(tmp_path) == tmp_path / "packaged_model" / "m.gguf"
     assert "packaged_model" not in sys.modules
     (tmp_path / "packaged_model" / "m.gguf").unlink()
     with pytest.raises(ModelError, match=r"the package packaged_model has no m\.gguf; .*install m"):
-        model.gguf(tmp_path)
+        model.checked_file(tmp_path)
 
 
 def test_another_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = packaged(tmp_path, monkeypatch, b"wrong")
     with pytest.raises(ModelError, match=r"'demo:m': m\.gguf of .* has SHA-256 .*: .*install m"):
-        model.gguf(tmp_path)
+        model.checked_file(tmp_path)
 
 
 def test_a_file_in_parts_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,9 +234,9 @@ def test_a_file_in_parts_is_checked_too(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "packaged_model", parts)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: parts)
     whole = DemoModel("demo:p", "packaged_model", model.install, model.sha256)
-    assert whole.gguf(tmp_path).read_bytes() == b"right"
+    assert whole.checked_file(tmp_path).read_bytes() == b"right"
     with pytest.raises(ModelError, match="SHA-256"):
-        DemoModel("demo:p", "packaged_model", model.install, "0" * 64).gguf(tmp_path)
+        DemoModel("demo:p", "packaged_model", model.install, "0" * 64).checked_file(tmp_path)
 
 
 def test_each_demo_model_has_a_folder_of_its_own_in_the_cache() -> None:

@@ -95,7 +95,8 @@ class Choice(Section):
 
 class ModelSection(Section):
     name: str
-    """Hub id, folder, `.gguf` file, `demo:gemma-3-270m` or `demo:smollm2-135m`."""
+    """Hub id, folder, `.gguf` file, `demo:gemma-3-270m`, `demo:smollm2-135m`, or for images
+    `demo:efficientnet-lite0`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the model's weights and activations; θ is float32 in either case."""
 
@@ -123,7 +124,7 @@ class MaskSection(Section):
     batch is computed once (`runtime.prefix_cache`)."""
     corpus: str | tuple[str, ...] = "demo"
     """`demo` (or one half of it: `demo:speeches`, `demo:plots`), a hub id, or text files, for
-    calibration."""
+    calibration; of a task over images `demo`, image files, or folders of images."""
     corpus_config: str | None = None
     """Configuration of a hub corpus, such as `en` for `allenai/c4`."""
     corpus_split: str = "train"
@@ -133,7 +134,7 @@ class MaskSection(Section):
     batches: Count = 24
     """Calibration batches B; of a task mask fewer where the clients hold fewer examples."""
     batch_size: Count = 8
-    """Sequences, or with `kind = "task"` examples, in a calibration batch."""
+    """Sequences or images, or with `kind = "task"` examples, in a calibration batch."""
     sequence_length: Annotated[int, Field(ge=2, lt=2**20)] = 128
     """Tokens of a calibration sequence."""
     seed: Seed = 0
@@ -214,6 +215,11 @@ class TaskSection(Section):
     the recipe; by default that of the model's tokenizer."""
     prompt: str | None = None
     """Template with `{column}` fields, if not the task's."""
+    image: Annotated[str | None, Neutral(None)] = None
+    """Column of an image, if not the task's; there is no prompt then, and the verbalizers are
+    classes of the network, by name or number (extra `vision`)."""
+    image_size: Annotated[int | None, Field(ge=8, lt=2**12), Neutral(None)] = None
+    """Pixels of a side that images are scaled to; what the network was made for by default."""
     label: str | None = None
     """Column of the label, if not the task's."""
     verbalizers: tuple[str, ...] | dict[str, str] | None = None

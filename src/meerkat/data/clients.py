@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pandas
+
 from meerkat.config import Recipe
 from meerkat.data.conversations import conversation_row
+from meerkat.data.images import as_png
 from meerkat.data.partition import label_counts, partition
 from meerkat.data.sources import Split, load_examples
 from meerkat.errors import DataError, RunError
@@ -144,7 +147,8 @@ def _check_validation(recipe: Recipe, split: Split) -> None:
 
 
 def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
-    """Write the examples of each client K to `client-K/train.csv`, `test.csv`, `validation.csv`.
+    """Write the examples of each client K to `client-K/train.csv`, `test.csv`, `validation.csv`;
+    of a task over images to Parquet files of the same names.
 
     Conversations go to `.jsonl` files.
 
@@ -176,11 +180,17 @@ def write_client_folders(recipe: Recipe, to: Path) -> list[Path]:
 
 
 def _write(task: Task, examples: Sequence[Example], stem: Path) -> None:
-    """Write examples to a file whose type fits the task."""
+    """Write examples to a file that `load_folder` reads and whose type fits the task."""
     if task.is_chat:
         rows = (conversation_row(task.format, example) for example in examples)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         stem.with_suffix(".jsonl").write_text(lines, "utf-8")
+        return
+    if task.image is not None:
+        images = [{"bytes": as_png(e.fields[task.image]), "path": None} for e in examples]
+        labels = [task.label_names[example.label] for example in examples]
+        rows_of_images = pandas.DataFrame({task.image: images, task.label: labels})
+        rows_of_images.to_parquet(stem.with_suffix(".parquet"), index=False)
         return
     path = stem.with_suffix(".csv")
     fields = tuple(dict.fromkeys(task.fields))

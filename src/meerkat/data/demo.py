@@ -52,17 +52,17 @@ def demo_rows(source: str, config: str | None, split: str) -> Iterator[Row]:
     yield from list(rows)[splits[split]]
 
 
-def package_file(package: str, name: str) -> Path:
-    """A data file of a package of the demo extra, which is read as data and never imported.
+def package_file(package: str, name: str, extra: str = "demo") -> Path:
+    """A data file of a package of an extra, which is read as data and never imported.
 
     Raises:
-        DataError: The demo extra is not installed.
+        DataError: The extra is not installed.
     """
     spec = importlib.util.find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder) / name).is_file():
             return path
-    raise DataError("the demo data need the demo extra: pip install 'meerkat-fl[demo]'")
+    raise DataError(f"the demo data need the {extra} extra: pip install 'meerkat-fl[{extra}]'")
 
 
 def consistent(rows: Iterable[Row], label: str, texts: Iterable[str]) -> list[Row]:

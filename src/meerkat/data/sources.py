@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetsError
 from meerkat.config import TaskSection
 from meerkat.data.conversations import conversation_example
 from meerkat.data.demo import demo_rows
+from meerkat.data.images import idx_rows, image_of, is_idx_folder
 from meerkat.errors import DataError
 from meerkat.tasks import Example, Task
 from meerkat.zo.noise import permutation
@@ -24,6 +25,8 @@ __all__ = ["Split", "load_examples", "load_folder", "rows_as_examples"]
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HELD_OUT_SHARE = 10
+_DEBIAN = Path("/usr/share/datasets")
+"""Where Debian's packages of data sets put them."""
 
 _Key = tuple[str, ...]
 """The text of an example, without its case and the blanks around it."""
@@ -165,6 +168,8 @@ def _examples(task: Task, split: str) -> Iterator[Example]:
                 f"{where}: no column {missing[0]!r}; columns: {', '.join(map(str, row))}"
             )
         fields = {field: row[field] for field in task.fields}
+        if task.image is not None:
+            fields = {name: image_of(value, where) for name, value in fields.items()}
         if any(_is_blank(value) for value in fields.values()):
             blank = next(field for field, value in fields.items() if _is_blank(value))
             raise DataError(f"{where}: column {blank!r} is empty; remove the row or fill it in")
@@ -244,6 +249,14 @@ def _rows(task: Task, split: str) -> Iterator[Mapping[str, Any]]:
     path = Path(task.source).expanduser()
     if path.suffix.lower() in _READERS:
         yield from _file_rows(path)
+        return
+    if path.parent == _DEBIAN and not path.is_dir():
+        raise DataError(
+            f"task.source = {task.source!r}: no such folder; install Debian's package "
+            f"dataset-{path.name}, or name a folder that holds its files"
+        )
+    if task.image is not None and is_idx_folder(path):
+        yield from idx_rows(path, split)
         return
     dataset = _dataset(task, path, split)
     feature = dataset.features.get(task.label)

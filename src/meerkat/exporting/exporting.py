@@ -11,7 +11,8 @@ from meerkat.exporting.about import About, public_name
 from meerkat.exporting.folder import complete_adapter, complete_model
 from meerkat.exporting.sparse_adapters import changes_of, save_lora, save_shira
 from meerkat.journal import replay
-from meerkat.models.loading import LoadedModel, load_model
+from meerkat.models.loading import LoadedModel
+from meerkat.runs.assembly import load_for
 from meerkat.runs.best_round import Rounds, wanted_rounds
 from meerkat.runs.directory import mask_of, open_journal, recipe_of
 from meerkat.runs.export import (
@@ -22,6 +23,7 @@ from meerkat.runs.export import (
     save_merged_factors,
 )
 from meerkat.spaces.mask_file import Mask
+from meerkat.tasks import resolve_task
 from meerkat.zo.state import Theta
 
 __all__ = ["export_run"]
@@ -88,7 +90,9 @@ def _base_model(recipe: Recipe, expected: str) -> LoadedModel:
         RunError: It is another one now.
     """
     # What is written has the type of the run's weights, whatever this machine computes in.
-    loaded = load_model(recipe.model, recipe.runtime.model_copy(update={"compute": "stored"}))
+    runtime = recipe.runtime.model_copy(update={"compute": "stored"})
+    stored = recipe.model_copy(update={"runtime": runtime})
+    loaded = load_for(stored, resolve_task(recipe.task))
     if loaded.fingerprint != expected:
         raise RunError(
             f"model.name = {recipe.model.name!r} is not the model that the run began with "

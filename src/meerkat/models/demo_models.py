@@ -1,4 +1,4 @@
-"""The demo models: each is a GGUF file in a Python package, checked before it is converted."""
+"""The demo models: each is a file in a Python package, checked before it is read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class DemoModel:
     install: str
     """What to type where it is missing."""
     sha256: str
-    """Of the GGUF file."""
+    """Of the file."""
     file: str | None = None
-    """The GGUF within the package, read as data; None has the package put its parts together."""
+    """The file within the package, read as data; None has the package put its parts together."""
     origin: str = ""
     """Hub id of the model that the file was made from, as the package says."""
     licence: str | None = None
@@ -47,8 +47,8 @@ class DemoModel:
         if importlib.util.find_spec(self.package) is None:
             raise ModelError(f"model.name = {self.name!r} needs {self.install}")
 
-    def gguf(self, scratch: Path) -> Path:
-        """The GGUF file, whose content is known to be the right one.
+    def checked_file(self, scratch: Path) -> Path:
+        """The file, whose content is known to be the right one.
 
         Args:
             scratch: Folder for a file that is put together.

@@ -29,6 +29,7 @@ from meerkat.models.compute import computes_in_float32, widen
 from meerkat.models.demo_models import DemoModel, demo_model
 
 __all__ = [
+    "VOLATILE",
     "LoadedModel",
     "cache_dir",
     "choose_device",
@@ -184,7 +185,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-_VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
+VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Fields of a configuration that say where it came from, and not what is computed."""
 _TEXTS = (
     "It was great.",
@@ -202,7 +203,7 @@ def configuration_digest(config: Any, tokenizer: PreTrainedTokenizerBase) -> str
     A changed `rms_norm_eps` or `rope_theta` leaves the parameters as they are, and so does another
     tokenizer: the model is another all the same.
     """
-    fields = {k: v for k, v in config.to_diff_dict().items() if k not in _VOLATILE}
+    fields = {k: v for k, v in config.to_diff_dict().items() if k not in VOLATILE}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for token, index in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{index} {token}\n".encode(errors="surrogatepass"))
@@ -230,7 +231,7 @@ def _converted_demo(demo: DemoModel, dtype: torch.dtype, runtime: Runtime) -> Pa
 
     def convert(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            _convert(demo.gguf(Path(scratch)), dtype, folder)
+            _convert(demo.checked_file(Path(scratch)), dtype, folder)
 
     return _made_once(target, convert)
 

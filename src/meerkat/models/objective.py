@@ -178,6 +178,15 @@ class TextObjective:
                 )
             yield losses
 
+    def usual_losses_with_graph(
+        self, examples: Sequence[Encoded]
+    ) -> Iterator[Float32[Tensor, " s"]]:
+        """The usual losses of the examples of each packed batch, computed one by one."""
+        for batch in self.packs(examples):
+            with self.with_graph():
+                losses = self.batch_losses(batch)
+            yield losses
+
     def _parts(
         self, examples: Sequence[Encoded]
     ) -> Iterator[tuple[list[PackedBatch], Sequence[Encoded]]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -22,59 +21,60 @@ from meerkat.data.clients import (
     load_partition,
     validation_examples,
 )
-from meerkat.data.encoders import encoder_of
-from meerkat.data.encoding import Encoded, Encoder
 from meerkat.data.sources import Split, load_folder
-from meerkat.errors import DataError, MaskError, ModelError
+from meerkat.errors import MaskError, ModelError
 from meerkat.federation.algorithm import Algorithm
 from meerkat.federation.client import Client, Worker
 from meerkat.journal.records import Header, header_of
 from meerkat.models.adapters import adapt, linear_weights, require_peft
 from meerkat.models.generation import writer
+from meerkat.models.image_loading import load_image_model
 from meerkat.models.loading import LoadedModel, cache_dir, load_model
-from meerkat.models.objective import TextObjective
-from meerkat.models.prefix import KeptActivations
 from meerkat.models.quantised import quantise
 from meerkat.progress import Progress
 from meerkat.runs.evaluation import Write
 from meerkat.runs.finding_mask import FoundMask, check_factors, find_mask
 from meerkat.runs.finding_subspace import find_subspace
+from meerkat.runs.modalities import ExampleEncoder, Modality, ModelObjective, modality_of
 from meerkat.spaces.device_noise import place_on, stream_on
 from meerkat.spaces.linear import space_of
-from meerkat.spaces.mask_criteria import decoder_blocks, eligible_parameters, still_blocks
+from meerkat.spaces.mask_criteria import decoder_blocks, eligible_parameters
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import check_subspace
 from meerkat.tasks import Example, Task, resolve_task
-from meerkat.tasks.base import MESSAGES
 from meerkat.tasks.losses import TrainingLoss, training_loss
 from meerkat.tasks.metrics import Metric, metrics_of, prepare
 from meerkat.zo.noise import permutation
 
-__all__ = ["Assembly", "EncodedExamples", "FoundMask", "adapt_model", "assemble", "writer_of"]
+__all__ = [
+    "Assembly",
+    "EncodedExamples",
+    "FoundMask",
+    "adapt_model",
+    "assemble",
+    "load_for",
+    "writer_of",
+]
 
-_MIB = 2**20
 
-_logger = logging.getLogger(__name__)
-
-
-class EncodedExamples(Sequence[Encoded]):
+class EncodedExamples(Sequence[Any]):
     """Examples that are encoded when they are first read."""
 
-    def __init__(self, examples: Sequence[Example], encoder: Encoder | ChatEncoder):
+    def __init__(self, examples: Sequence[Example], encoder: ExampleEncoder):
         self._examples = examples
         self._encoder = encoder
-        self._encoded: dict[int, Encoded] = {}
+        self._encoded: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._examples)
 
     @overload
-    def __getitem__(self, index: int) -> Encoded: ...
+    def __getitem__(self, index: int) -> Any: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: slice) -> list[Any]: ...
 
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index not in self._encoded:
@@ -107,15 +107,19 @@ class Assembly:
         """What the model writes in the place of examples' answers, at the weights as they are."""
         return writer_of(self.recipe, self.task, self.loaded)
 
+    @property
+    def modality(self) -> Modality:
+        """What the examples are."""
+        return modality_of(self.task)
+
     @cached_property
     def training_loss(self) -> TrainingLoss:
         """What training makes small."""
         return training_loss(self.recipe, self.task)
 
     @cached_property
-    def encoder(self) -> Encoder | ChatEncoder:
-        section = self.recipe.task
-        return encoder_of(self.task, self.loaded.tokenizer, section.max_length, self.loaded.window)
+    def encoder(self) -> ExampleEncoder:
+        return self.modality.encoder(self.task, self.recipe.task, self.loaded)
 
     @cached_property
     def test(self) -> EncodedExamples:
@@ -152,15 +156,13 @@ class Assembly:
         return found
 
     @cached_property
-    def objective(self) -> TextObjective:
+    def objective(self) -> ModelObjective:
         runtime = self.recipe.runtime
         if runtime.compile:
             # Compiled code outlives the process. torch has set a folder of its own by now.
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir(runtime, "compiled"))
         blocks = self._blocks if runtime.recompute else []
-        return TextObjective(
-            self.loaded, runtime.tokens_per_pass, runtime.compile, blocks, self.training_loss
-        )
+        return self.modality.objective(self.loaded, runtime, blocks, self.training_loss)
 
     @property
     def _blocks(self) -> list[nn.Module]:
@@ -184,16 +186,7 @@ class Assembly:
         """The model as a worker, at the initial θ."""
         self.quantise()
         model, mask, runtime = self.loaded.model, self.found_mask.mask, self.recipe.runtime
-        kept = KeptActivations(
-            runtime.prefix_cache * _MIB, runtime.prefix_disk * _MIB, cache_dir(runtime)
-        )
-        try:
-            self.objective.keep_prefix(still_blocks(model, mask.names), kept)
-        except ModelError as error:  # it would only have been faster
-            if kept.room:
-                _logger.warning("%s to be rid of this line; all blocks are computed", error)
-        layers = [model.get_submodule(name.rpartition(".")[0]) for name in mask.names]
-        self.objective.allow_copies(runtime.tokens_together, layers)
+        self.modality.hasten(self.objective, model, mask, runtime)
         device, space = self.theta_device, space_of(model, mask, self.theta_device)
         if device is None or mask.subspace is not None:  # w is a few values, which stay here
             return Worker(space, self.objective, self.algorithm)
@@ -231,17 +224,11 @@ class Assembly:
         """Who holds the rows of each client, in a natural partition."""
         return client_holders(self.recipe, self.split, self.parts)
 
-    def client_texts(self) -> list[list[str]]:
-        """Each client's own examples as text, for the union mask.
+    def client_examples(self) -> list[list[Example]]:
+        """Each client's own examples, for the union mask."""
+        return [[self.split.train[i] for i in part] for part in self.parts]
 
-        Raises:
-            DataError: They are tokens.
-        """
-        if self.task.is_tokens:
-            raise DataError("mask.kind = 'union' needs texts, and task.name = 'tokens' has none")
-        return [[_text_of(self.task, self.split.train[i]) for i in part] for part in self.parts]
-
-    def example_batches(self) -> list[list[Encoded]]:
+    def example_batches(self) -> list[list[Any]]:
         """Labelled examples of all clients in batches, for the task mask.
 
         They are drawn without repetition by `mask.seed`, so there are fewer batches where the
@@ -253,13 +240,6 @@ class Assembly:
         order = permutation(section.seed, (2, 2), len(held))[: count * size]
         examples = EncodedExamples([self.split.train[held[place]] for place in order], self.encoder)
         return [examples[first : first + size] for first in range(0, count * size, size)]
-
-
-def _text_of(task: Task, example: Example) -> str:
-    """An example as text, without what a model is to answer."""
-    if task.is_chat:
-        return "\n".join(message["content"] for message in example.fields[MESSAGES])
-    return task.prompt.format(**example.fields)
 
 
 def assemble(
@@ -287,14 +267,14 @@ def assemble(
         require_peft()
     # Data first: what is wrong with them shows in seconds, a model may take a minute.
     task = resolve_task(recipe.task)
-    training_loss(recipe, task)
+    modality_of(task).check(recipe)
     if data is None:
         split, parts = load_partition(recipe, task)
     else:
         split = load_folder(task, data)
         parts = (tuple(range(len(split.train))),)
     progress.start("Loading the model", 1)
-    loaded = load_model(recipe.model, recipe.runtime) if loaded is None else loaded
+    loaded = load_for(recipe, task) if loaded is None else loaded
     if recipe.mask.kind == "lora":
         adapt_model(loaded, recipe.mask)
     assembly = Assembly(recipe, loaded, task, split, parts, progress, mask_file)
@@ -313,6 +293,17 @@ def writer_of(recipe: Recipe, task: Task, loaded: LoadedModel) -> Write:
     if stop is None:
         stop = () if task.is_chat else ("\n",)
     return writer(loaded, evaluation.max_new_tokens, recipe.runtime.tokens_per_pass, stop)
+
+
+def load_for(recipe: Recipe, task: Task) -> LoadedModel:
+    """The model of a recipe: a language model, or a classifier of images.
+
+    Raises:
+        ModelError: There is no such model, or it is of the other kind.
+    """
+    if task.image is None:
+        return load_model(recipe.model, recipe.runtime)
+    return load_image_model(recipe.model, recipe.runtime)
 
 
 def adapt_model(loaded: LoadedModel, section: MaskSection) -> None:

@@ -12,16 +12,13 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from meerkat.config import Recipe
 from meerkat.config.schema import without_neutral
-from meerkat.data.corpus import calibration_batches, sequences
-from meerkat.data.encoding import Encoded
 from meerkat.errors import MaskError
 from meerkat.models.adapters import adapter_factors
 from meerkat.models.loading import LoadedModel
-from meerkat.models.objective import TextObjective
-from meerkat.progress import Progress
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
+from meerkat.runs.modalities import Modality, ModelObjective
+from meerkat.runs.modalities.base import PublicSources
 from meerkat.spaces.mask_criteria import (
     eligible_parameters,
     full_mask,
@@ -32,6 +29,7 @@ from meerkat.spaces.mask_criteria import (
 )
 from meerkat.spaces.mask_file import Mask, load_mask, save_mask
 from meerkat.spaces.sensitivity import concentration_of, gradient_at, sensitivity_scores
+from meerkat.tasks import Example
 from meerkat.transport.handshake import same_probe
 
 __all__ = ["Fit", "FoundMask", "Sources", "check_factors", "find_mask"]
@@ -60,21 +58,17 @@ class FoundMask:
     """How its subspace fits the clients' texts, where that was asked."""
 
 
-class Sources(Protocol):
+class Sources(PublicSources, Protocol):
     """What a mask may be found from; `assembly.Assembly`."""
 
     @property
-    def recipe(self) -> Recipe: ...
+    def modality(self) -> Modality: ...
     @property
-    def loaded(self) -> LoadedModel: ...
-    @property
-    def objective(self) -> TextObjective: ...
-    @property
-    def progress(self) -> Progress: ...
+    def objective(self) -> ModelObjective: ...
     @property
     def mask_file(self) -> Path | None: ...
-    def client_texts(self) -> list[list[str]]: ...
-    def example_batches(self) -> list[list[Encoded]]: ...
+    def client_examples(self) -> list[list[Example]]: ...
+    def example_batches(self) -> list[list[Any]]: ...
 
 
 def find_mask(sources: Sources) -> FoundMask:
@@ -104,7 +98,7 @@ def find_mask(sources: Sources) -> FoundMask:
         case "full":
             mask = full_mask(parameters, loaded.fingerprint)
         case "union":
-            masks = [_sensitive(sources, own) for own in sources.client_texts()]
+            masks = [_sensitive(sources, own) for own in sources.client_examples()]
             mask = union(masks, parameters)
         case _:
             return _cached(sources)
@@ -162,24 +156,15 @@ def _cached(sources: Sources) -> FoundMask:
     return FoundMask(mask, path)
 
 
-def _sensitive(sources: Sources, texts: Sequence[str] | None) -> Mask:
-    """By pre-training gradients over the recipe's corpus, or these texts (method.md section 2)."""
-    section, tokenizer = sources.recipe.mask, sources.loaded.tokenizer
-    if texts is None:
-        batches = calibration_batches(section, tokenizer)
-    else:
-        batches = sequences(texts, section, tokenizer, fewer=True)
+def _sensitive(sources: Sources, own: Sequence[Example] | None) -> Mask:
+    """By pre-training gradients over the corpus, or these examples (method.md section 2)."""
+    batches = sources.modality.calibration_batches(sources, own)
     return _by_gradients(sources, sources.objective.pretraining_loss, batches)
 
 
-def _task_loss(objective: TextObjective) -> Callable[[list[Encoded]], Tensor]:
+def _task_loss(objective: ModelObjective) -> Callable[[list[Any]], Tensor]:
     """Labelled examples → their mean usual loss, with its graph."""
-
-    def mean(examples: list[Encoded]) -> Tensor:
-        with objective.with_graph():
-            return torch.cat([objective.batch_losses(b) for b in objective.packs(examples)]).mean()
-
-    return mean
+    return lambda examples: torch.cat(list(objective.usual_losses_with_graph(examples))).mean()
 
 
 def _by_gradients(

@@ -7,21 +7,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
-from torch import Tensor
 
 from meerkat.config.sections import SubspaceSection
 from meerkat.data.chat_encoding import ChatEncoder
-from meerkat.data.encoding import Encoded, Encoder
-from meerkat.data.packing import PackedBatch, pack
+from meerkat.data.encoding import Encoded
 from meerkat.errors import RecipeError
 from meerkat.models.objective import TextObjective
 from meerkat.runs.finding_mask import FoundMask, Sources
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
-from meerkat.runs.public_texts import corpus_of, public_examples
+from meerkat.runs.modalities.texts import packed_scores
+from meerkat.runs.public_texts import corpus_of
 from meerkat.spaces.alignment import Scheme, Target, packed_score_gradients, score_gradients
 from meerkat.spaces.answers import drawn_answer
 from meerkat.spaces.balance import balanced_start
@@ -31,7 +30,6 @@ from meerkat.spaces.mask_file import Mask, save_mask
 from meerkat.spaces.masked import MaskedSpace
 from meerkat.spaces.subspace import Subspace, settings_of
 from meerkat.spaces.whitening import whitened
-from meerkat.tasks import Task
 from meerkat.transport.handshake import same_probe
 from meerkat.zo.noise import NoiseKey, draw
 
@@ -45,16 +43,7 @@ _TOGETHER = 16
 """Texts of one backward pass."""
 
 
-class _Sources(Sources, Protocol):
-    """What a subspace is found from beside that of a mask; `assembly.Assembly`."""
-
-    @property
-    def task(self) -> Task: ...
-    @property
-    def encoder(self) -> Encoder | ChatEncoder: ...
-
-
-def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> FoundMask:
+def find_subspace(sources: Sources, mask: Mask, section: SubspaceSection) -> FoundMask:
     """A mask with the directions within it that a recipe asks for: from the cache, or made.
 
     Raises:
@@ -73,7 +62,7 @@ def find_subspace(sources: _Sources, mask: Mask, section: SubspaceSection) -> Fo
 
 
 def renewed_subspace(
-    sources: _Sources,
+    sources: Sources,
     mask: Mask,
     weights: Float32[np.ndarray, " n"],
     corpus: str | tuple[str, ...] | None = None,
@@ -103,7 +92,7 @@ def renewed_subspace(
 
 
 def slopes_along(
-    sources: _Sources, mask: Mask, section: SubspaceSection, encoded: Sequence[Encoded]
+    sources: Sources, mask: Mask, section: SubspaceSection, encoded: Sequence[Any]
 ) -> Float64[np.ndarray, "N k"]:
     """Slope along each direction of a mask's subspace of what was differentiated to make it, for
     other texts; no label takes part."""
@@ -116,7 +105,7 @@ def slopes_along(
     return np.asarray(scores @ mask.subspace.basis.T, np.float64)
 
 
-def _fixed_by(sources: _Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:
+def _fixed_by(sources: Sources, mask: Mask, section: SubspaceSection) -> dict[str, Any]:
     """All that the bits of an aligned subspace, and of the mask's file with it, follow from."""
     loaded, task, of_corpus = sources.loaded, sources.task, corpus_of(sources, section)
     gradient = b"" if mask.gradient is None else mask.gradient.tobytes()
@@ -144,9 +133,9 @@ def _random(mask: Mask, section: SubspaceSection) -> Subspace:
     return subspace_of("random", rows, np.ones(section.dimensions), about)
 
 
-def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspace:
+def _aligned(sources: Sources, mask: Mask, section: SubspaceSection) -> Subspace:
     """From the gradients of the model's own answers to public texts."""
-    examples = public_examples(sources, section)
+    examples = sources.modality.public_examples(sources, section)
     encoded = [sources.encoder.encode(example) for example in examples]
     scheme = _scheme(section, len(sources.task.verbalizers))
     if not sources.task.has_classes:
@@ -159,7 +148,9 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
         raise RecipeError(
             f"subspace.dimensions = {section.dimensions}: {error}; lower it or raise subspace.texts"
         ) from None
-    content = "\n".join(json.dumps(dict(example.fields), sort_keys=True) for example in examples)
+    content = "\n".join(
+        json.dumps(dict(example.fields), sort_keys=True, default=str) for example in examples
+    )
     about = {
         "prompt": sources.task.prompt,
         "answers": json.dumps(sources.task.verbalizers),
@@ -181,10 +172,10 @@ def _aligned(sources: _Sources, mask: Mask, section: SubspaceSection) -> Subspac
 
 
 def _answer_slopes(
-    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, found: Subspace
+    sources: Sources, encoded: Sequence[Any], mask: Mask, found: Subspace
 ) -> Float64[np.ndarray, "A k"]:
     """Change of each answer's mean score with w, less the mean of these."""
-    answers, basis = len(encoded[0].answers), found.basis.astype(np.float64)
+    answers, basis = len(sources.task.verbalizers), found.basis.astype(np.float64)
     sources.progress.start("Balancing the answers", answers * len(encoded))
     slopes = np.empty((answers, len(basis)))
     for answer in range(answers):
@@ -194,8 +185,8 @@ def _answer_slopes(
 
 
 def _balanced(
-    sources: _Sources,
-    encoded: Sequence[Encoded],
+    sources: Sources,
+    encoded: Sequence[Any],
     mask: Mask,
     found: Subspace,
     jacobian: Float64[np.ndarray, "A k"],
@@ -238,46 +229,28 @@ def _scheme(section: SubspaceSection, answers: int) -> Scheme:
 
 
 def _score_gradients(
-    sources: _Sources, encoded: Sequence[Encoded], mask: Mask, scheme: Target, seed: int = 0
+    sources: Sources, encoded: Sequence[Any], mask: Mask, scheme: Target, seed: int = 0
 ) -> Float32[np.ndarray, "N n"]:
     """Many texts in a backward pass where the mask allows it, else one."""
     model, objective = sources.loaded.model, sources.objective
     advance = sources.progress.advance
-    if has_example_gradients(model, mask):
+    if isinstance(objective, TextObjective) and has_example_gradients(model, mask):
         batches = (
             batch
             for begin in range(0, len(encoded), _TOGETHER)
             for batch in objective.packs(encoded[begin : begin + _TOGETHER])
         )
-        scores = partial(_packed_scores, objective)
+        scores = partial(packed_scores, objective)
         return packed_score_gradients(
             scores, model, batches, len(encoded), mask, scheme, seed, advance
         )
-    of_one = partial(_answer_scores, objective)
+    of_one = partial(sources.modality.answer_scores, objective)
     parameters = dict(model.named_parameters())
     return score_gradients(of_one, parameters, encoded, mask, scheme, seed, advance)
 
 
-def _answer_scores(objective: TextObjective, example: Encoded) -> Float32[Tensor, " A"]:
-    return _packed_scores(objective, pack([example]))[0]
-
-
-def _packed_scores(objective: TextObjective, batch: PackedBatch) -> Float32[Tensor, "S A"]:
-    """Score of each answer; a drawn answer's times √T, T its tokens.
-
-    The loss of free text is a mean over T tokens, whose curvature is a T-th of the sum of theirs;
-    that of a mean score would be a T²-th, since scores of drawn tokens do not depend on each other.
-    """
-    moved = batch.to(objective.device)
-    with objective.with_graph():
-        found = objective.scores(moved)
-    if batch.answers == 1:
-        return found * moved.answer.bincount(minlength=batch.examples).sqrt()[:, None]
-    return found
-
-
 def _with_answers(
-    sources: _Sources, encoded: Sequence[Encoded], section: SubspaceSection
+    sources: Sources, encoded: Sequence[Any], section: SubspaceSection
 ) -> list[Encoded]:
     """Each prompt with one answer that the model draws."""
     model, ends = sources.loaded.model, sources.loaded.ends

@@ -36,11 +36,21 @@ def read_cached(path: Path, model: str) -> Mask | None:
 
 
 def corpus_digests(corpus: str | tuple[str, ...]) -> dict[str, str]:
-    """SHA-256 of each file of a corpus; names of the hub have none."""
+    """SHA-256 of each file or folder of a corpus; names of the hub have none."""
     names = (corpus,) if isinstance(corpus, str) else corpus
     files = {name: Path(name).expanduser() for name in names}
     return {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for name, file in files.items()
-        if file.is_file()
+        name: _digest(path)
+        for name, path in files.items()
+        if path.is_file() or (path.is_dir() and not name.startswith("demo"))
     }
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content, or of the names and contents of all files in a folder."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for file in sorted(inner for inner in path.rglob("*") if inner.is_file()):
+        found.update(f"{file.relative_to(path)} {_digest(file)}\n".encode())
+    return found.hexdigest()

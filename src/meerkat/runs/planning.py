@@ -18,9 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from meerkat.config import MaskSection, Recipe
+from meerkat.errors import RecipeError
 from meerkat.models.adapters import factor_shapes, linear_weights
 from meerkat.models.compute import computes_in_float32
 from meerkat.models.loading import choose_device, empty_model
+from meerkat.models.objective import TextObjective
 from meerkat.models.quantised import GROUP
 from meerkat.progress import Progress
 from meerkat.registry import build
@@ -44,6 +46,7 @@ from meerkat.spaces.mask_criteria import (
     still_blocks,
 )
 from meerkat.spaces.mask_file import load_mask
+from meerkat.tasks import resolve_task
 from meerkat.transport.messages import AXIS_BYTES, ENTRY_BYTES, PLAN_BYTES, REPORT_BYTES
 from meerkat.zo.estimators import ESTIMATORS
 from meerkat.zo.estimators.base import Estimator
@@ -69,6 +72,11 @@ def plan_run(recipe: Recipe, measure: bool = False, progress: Progress | None = 
     Raises:
         MeerkatError: There is no such model, or nothing in it may move.
     """
+    if resolve_task(recipe.task).image is not None:
+        raise RecipeError(
+            f"task.name = {recipe.task.name!r} is a task over images, and a plan counts tokens; "
+            "`meerkat run` needs none"
+        )
     planner = _Planner(recipe)
     return Plan(
         planner.model,
@@ -312,8 +320,10 @@ class _Planner:
         recipe, passes, model = self._recipe, self.passes, self.model
         assembly = assemble(recipe, progress)
         batch = assembly.client(0).batch(0)
-        assembly.objective.refer(assembly.objective.unreferred(batch))
-        tokens = sum(pack.tokens for pack in assembly.objective.packs(batch))
+        objective = assembly.objective
+        assert isinstance(objective, TextObjective), "a plan is of a task over texts"
+        objective.refer(objective.unreferred(batch))
+        tokens = sum(pack.tokens for pack in objective.packs(batch))
         copies = self._copies(tokens)
         forward = _median(lambda: assembly.objective.losses(batch))
         together = _median(lambda: assembly.objective.losses(batch * copies)) if copies > 1 else 0

@@ -28,6 +28,8 @@ def has_example_gradients(model: nn.Module, mask: Mask) -> bool:
     The LM head does not count: a pass multiplies some of its rows only.
     """
     homes, head = _homes(model), model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:  # no language model: rows of a batch are not tokens
+        return False
     linears = {
         name
         for name, module in model.named_modules()

@@ -43,6 +43,37 @@ def resolve_task(section: TaskSection) -> Task:
     task = dataclasses.replace(task, **_overrides(section))
     if not task.source:
         raise DataError(f"task.source is missing; task.name = {task.name!r} needs it")
+    if task.image is None:
+        _check_prompt(section, task)
+    else:
+        _check_image(section, task)
+    if task.has_classes and len(task.verbalizers) < 2:
+        raise DataError(f"task.verbalizers = {list(task.verbalizers)}: a task needs at least two")
+    if len(task.label_names) != len(task.verbalizers):
+        raise DataError(
+            f"task.verbalizers: {len(task.verbalizers)} given for the labels "
+            f"{', '.join(task.label_names)}; give one for each, or a table by label"
+        )
+    return task
+
+
+def _check_image(section: TaskSection, task: Task) -> None:
+    """Does a task over images have nothing of one over texts?"""
+    for field in ("prompt", "answer", "cut"):
+        if getattr(section, field) is not None:
+            raise DataError(
+                f"task.{field} = {getattr(section, field)!r} is for texts, and task.image = "
+                f"{task.image!r} makes it a task over images; leave one of them out"
+            )
+
+
+def _check_prompt(section: TaskSection, task: Task) -> None:
+    """Is the prompt a template of columns?"""
+    if section.image_size is not None:
+        raise DataError(
+            f"task.image_size = {section.image_size}: this is a task over texts; leave it out, or "
+            "name the column of the images in task.image"
+        )
     try:
         fields = task.fields
     except ValueError as error:
@@ -64,14 +95,6 @@ def resolve_task(section: TaskSection) -> Task:
         raise DataError(
             f"task.cut = {task.cut!r} is not a field of the prompt; fields: {', '.join(fields)}"
         )
-    if task.has_classes and len(task.verbalizers) < 2:
-        raise DataError(f"task.verbalizers = {list(task.verbalizers)}: a task needs at least two")
-    if len(task.label_names) != len(task.verbalizers):
-        raise DataError(
-            f"task.verbalizers: {len(task.verbalizers)} given for the labels "
-            f"{', '.join(task.label_names)}; give one for each, or a table by label"
-        )
-    return task
 
 
 def _conversations(section: TaskSection) -> Task:
@@ -102,7 +125,7 @@ def _conversations(section: TaskSection) -> Task:
 
 
 def _require(section: TaskSection) -> None:
-    for field in ("source", "prompt"):
+    for field in ("source",) if section.image is not None else ("source", "prompt"):
         if getattr(section, field) is None:
             raise DataError(f"task.{field} is missing; a custom task needs it")
     if section.verbalizers is None and section.answer is None and section.chosen is None:
@@ -114,7 +137,7 @@ def _require(section: TaskSection) -> None:
 
 def _overrides(section: TaskSection) -> dict[str, Any]:
     """Fields of a `Task` that the recipe sets."""
-    fields = ("source", "prompt", "label", "answer", "cut")
+    fields = ("source", "prompt", "image", "label", "answer", "cut")
     splits = ("train_split", "test_split", "validation_split")
     changed: dict[str, Any] = {
         field: getattr(section, field)

