@@ -53,7 +53,8 @@ def test_losses_are_cross_entropies_of_the_answers_logits(assembly: Assembly) ->
     assert np.allclose(alone, expected, atol=1e-5)  # statistics of batches are frozen
     found = objective.predict(examples)
     assert found.predicted.tolist() == logits.argmax(1).tolist()
-    assert np.allclose(found.losses, expected, atol=1e-5) and found.classes == 3
+    assert np.allclose(found.losses, expected, atol=1e-5)
+    assert found.classes == 3
 
 
 def test_classes_are_drawn_as_often_as_the_network_says(assembly: Assembly) -> None:
@@ -132,7 +133,8 @@ def test_an_exact_gradient_is_had_through_convolutions(
 def test_other_masks_are_found(data: dict[str, Any], kind: str) -> None:
     data["mask"] |= {"kind": kind}
     mask = assemble(parse_recipe(data)).found_mask.mask
-    assert mask.kind == kind and mask.size >= round(0.1 * mask.eligible)
+    assert mask.kind == kind
+    assert mask.size >= round(0.1 * mask.eligible)
 
 
 def test_an_export_is_a_classifier_with_the_weights_of_the_run(

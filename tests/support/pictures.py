@@ -52,7 +52,9 @@ def write_idx(folder: Path, train: int = 60, test: int = 24) -> Path:
     """Files as MNIST has them: gzipped for training, plain for the test."""
     folder.mkdir(parents=True, exist_ok=True)
     for prefix, count, seed in (("train", train, 1), ("t10k", test, 2)):
-        for what, values in zip(("images-idx3", "labels-idx1"), drawn_pictures(count, seed)):
+        for what, values in zip(
+            ("images-idx3", "labels-idx1"), drawn_pictures(count, seed), strict=True
+        ):
             name, content = f"{prefix}-{what}-ubyte", idx_bytes(values)
             if prefix == "train":
                 (folder / f"{name}.gz").write_bytes(gzip.compress(content))

@@ -15,7 +15,7 @@ from meerkat.data.images import Image, ImageEncoder, as_png, idx_rows, image_of,
 from meerkat.data.public_images import public_images
 from meerkat.data.sources import load_examples
 from meerkat.errors import DataError
-from meerkat.tasks import Task, resolve_task
+from meerkat.tasks import Example, Task, resolve_task
 
 TASK = Task("t", "", "", ("zero", "uno", "3"), image="image")
 
@@ -44,7 +44,7 @@ def _spoilt(content: bytes, how: str) -> bytes:
 def test_a_damaged_idx_file_is_refused_in_one_line(tmp_path: Path, how: str) -> None:
     file = write_idx(tmp_path) / "t10k-images-idx3-ubyte"
     file.write_bytes(_spoilt(file.read_bytes(), how))
-    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is (damaged|no IDX)") as raised:
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte is (damaged|no IDX)") as raised:
         list(idx_rows(tmp_path, "test"))
     assert "\n" not in str(raised.value)
 
@@ -55,7 +55,7 @@ def test_idx_files_that_are_missing_or_do_not_belong_together_are_refused(tmp_pa
         list(idx_rows(tmp_path, "validation"))
     gz = tmp_path / "train-labels-idx1-ubyte.gz"
     gz.write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="train-labels-idx1-ubyte.gz cannot be read"):
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte.gz cannot be read"):
         list(idx_rows(tmp_path, "train"))
     gz.unlink()
     with pytest.raises(DataError, match="no IDX file of train labels"):
@@ -79,7 +79,7 @@ def test_a_column_of_images_takes_what_datasets_gives() -> None:
     colour = PIL.Image.fromarray(np.stack([pixels] * 3, 2)).convert("RGBA")
     assert image_of(colour, "row 1").pixels.shape == (12, 12, 3)
     for value in ("a text", {"bytes": b"no image", "path": None}, {"path": "/nowhere.png"}, 3):
-        with pytest.raises(DataError, match="^row 1: "):
+        with pytest.raises(DataError, match=r"^row 1: "):
             image_of(value, "row 1")
 
 
@@ -98,11 +98,9 @@ def test_the_middle_square_is_taken() -> None:
 
 def test_answers_are_classes_by_number_name_or_one_of_several_names() -> None:
     pixels = drawn_pictures(1)[0][0]
-    task = TASK
-    encoded = ImageEncoder(task, 8, CLASSES).encode(
-        type("E", (), {"fields": {"image": Image(pixels)}, "label": 2})()
-    )
-    assert encoded.answers == (1, 2, 3) and encoded.label == 2
+    encoded = ImageEncoder(TASK, 8, CLASSES).encode(Example({"image": Image(pixels)}, 2))
+    assert encoded.answers == (1, 2, 3)
+    assert encoded.label == 2
 
 
 @pytest.mark.parametrize(
