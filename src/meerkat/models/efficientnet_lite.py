@@ -126,7 +126,7 @@ class EfficientNetLite(PreTrainedModel):
                 width = outputs
         self._conv_head = _SameConv2d(width, config.head_width, 1)
         self._bn1 = nn.BatchNorm2d(config.head_width, epsilon)
-        self._fc = nn.Linear(config.head_width, config.num_labels)
+        self._fc = nn.Linear(config.head_width, int(config.num_labels or 0))
         self._activation = nn.ReLU6()
         self.post_init()
 

@@ -78,8 +78,9 @@ class LoadedImageModel(LoadedModel):
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of its classes, in their order."""
-        named = self.model.config.id2label or {}
-        return tuple(str(named.get(i, i)) for i in range(self.model.config.num_labels))
+        config: Any = self.model.config
+        named = config.id2label or {}
+        return tuple(str(named.get(i, i)) for i in range(config.num_labels))
 
 
 def load_image_model(section: ModelSection, runtime: Runtime) -> LoadedImageModel:

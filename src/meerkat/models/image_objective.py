@@ -36,9 +36,9 @@ class ImageObjective:
         self.model = loaded.model
         parameter = next(self.model.parameters())
         self.device, self._dtype = parameter.device, parameter.dtype
-        place = {"device": self.device, "dtype": torch.float32}
-        self._mean = 255 * torch.tensor(loaded.preparation.mean, **place)[:, None, None]
-        self._std = 255 * torch.tensor(loaded.preparation.std, **place)[:, None, None]
+        mean, std = loaded.preparation.mean, loaded.preparation.std
+        self._mean = 255 * torch.tensor(mean, device=self.device)[:, None, None]
+        self._std = 255 * torch.tensor(std, device=self.device)[:, None, None]
 
     @torch.inference_mode()
     def losses(self, examples: Sequence[EncodedImage]) -> Float64[np.ndarray, " S"]:
