@@ -394,6 +394,7 @@ def test_sums_of_any_number_of_classes_cross_the_wire(
     sums = {name: metric.sums(together) for name, metric in METRICS.items()}
     expected = metric_values(sums, sum(shards))
     assert metrics.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-14)
+    assert metrics.pop("margin") == pytest.approx(expected.pop("margin"), abs=1e-12)
     assert metrics == expected
 
 

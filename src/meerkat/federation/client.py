@@ -29,7 +29,7 @@ from meerkat.zo.state import ModelState, Theta
 __all__ = ["Client", "LocalStep", "Worker", "refer"]
 
 
-def refer(objective: Objective, restore: Callable[[], None], batch: Sequence[Any]) -> None:
+def refer(objective: Any, restore: Callable[[], None], batch: Sequence[Any]) -> None:
     """Have losses of these examples compare with the model as it was loaded, where they do.
 
     Args:
