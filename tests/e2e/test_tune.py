@@ -44,7 +44,7 @@ def test_killed_and_called_again_no_rung_is_made_twice(recipe: Path, tmp_path: P
     command = ["tune", recipe, "--out", out, "--jobs", 2, "--passes", PASSES, "--try", RATES]
     command += ["--validation", 8, "--set", "seed=3"]
     process = meerkat_process(*command)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900  # a busy machine
     while len(list(out.glob("trials/*/summary.json"))) < 2:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
