@@ -242,7 +242,7 @@ def test_the_sizes_of_what_can_be_exported(out: Path, tmp_path: Path) -> None:
 def test_what_no_adapter_can_carry_is_refused(
     tiny_recipe_data: dict[str, Any], tmp_path: Path
 ) -> None:
-    spread = {"kind": "random", "density": 0.3}
+    spread = {"kind": "full"}
     out = make_run(tiny_recipe_data, tmp_path / "spread", mask=spread)
     refused(invoke("export", out, "--to", tmp_path / "a", "--peft"), "--peft", "take --shira")
     refused(invoke("export", out, "--to", tmp_path / "a", "--shira"), "--shira", "take --delta")

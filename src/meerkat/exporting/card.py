@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -163,7 +164,7 @@ def _scores(about: About) -> str:
     return _table(["metric", "before", "after"], rows) + f"\n\n{examples}."
 
 
-def _table(head: list[str], rows: list[tuple[str, ...]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(part) for part in row) + " |" for row in lines)
 
