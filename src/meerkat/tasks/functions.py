@@ -55,4 +55,4 @@ def own_function(name: str, field: str) -> Callable[..., Any]:
         found = getattr(found, part, None)
     if not callable(found):
         raise RecipeError(f"{field} = {name!r}: module {module!r} has no function {function!r}")
-    return found  # type: ignore[no-any-return]
+    return found

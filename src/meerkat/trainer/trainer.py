@@ -284,7 +284,9 @@ class Trainer:
     def _measured(self, assembly: Assembly) -> dict[str, float]:
         if self._compute is None:
             return {}
-        found = predictions_of(assembly.objective, assembly.test, self._reduce)
+        objective = assembly.objective
+        assert isinstance(objective, TextObjective), "a Trainer's rows are texts or tokens"
+        found = predictions_of(objective, assembly.test, self._reduce)
         return as_floats(self._compute(found))
 
     def _place(self) -> None:
