@@ -72,7 +72,12 @@ def recipe(data: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def test_run_resume_evaluate_and_export(recipe: Path, tmp_path: Path) -> None:
+def test_run_resume_evaluate_and_export(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = tmp_path / "run"
     done = invoke("run", recipe, "--out", out)
     assert done.exit_code == 0, done.output
@@ -106,6 +111,14 @@ def test_run_resume_evaluate_and_export(recipe: Path, tmp_path: Path) -> None:
     )
     answer = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer.strip() == figures["answers"][0]["answer"]
+
+    card = (exported / "README.md").read_text("utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    assert "apply_chat_template" in code
+    monkeypatch.chdir(exported)
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["partition", "folders"])

@@ -142,6 +142,9 @@ def test_an_export_is_a_classifier_with_the_weights_of_the_run(
 ) -> None:
     meerkat.run(parse_recipe(data), tmp_path / "run", observers=())
     meerkat.export(tmp_path / "run", tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "import meerkat.models.efficientnet_lite" in card
     merged = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
     base = AutoModelForImageClassification.from_pretrained(data["model"]["name"])
     assert fingerprint(merged) != fingerprint(base)

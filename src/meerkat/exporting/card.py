@@ -15,6 +15,11 @@ from meerkat.tasks.metrics.validation import VALIDATION
 
 __all__ = ["adapter_card", "model_card"]
 
+_WRITING = (
+    "written = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+    "print(tokenizer.decode(written[0, inputs['input_ids'].shape[1] :]))",
+)
+
 _ON_HUBS = {"macro_f1": "f1"}
 """What hubs call a metric, where it is not our name."""
 
@@ -26,6 +31,8 @@ def model_card(about: About, title: str, loaded: LoadedModel, notes: list[str]) 
         title: What the model is called.
         notes: Lines on the files beside it.
     """
+    if about.task.image is not None:
+        return _card(about, title, "transformers", "\n".join(_image_lines(loaded)), notes)
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -77,11 +84,12 @@ def _card(about: About, title: str, library: str, code: str, notes: list[str]) -
 
 
 def _data(about: About, title: str, library: str) -> ModelCardData:
-    classes = about.task.has_classes
+    classes, images = about.task.has_classes, about.task.image is not None
+    kind = "image-classification" if images else "text-generation"
     measured = {name: after for name, (_, after) in about.scores.items() if after is not None}
     results = [
         EvalResult(
-            task_type="text-classification" if classes else "text-generation",
+            task_type=kind if images or not classes else "text-classification",
             dataset_type=about.data_id or about.task.name,
             dataset_name=about.task.name,
             dataset_split=about.split,
@@ -101,7 +109,7 @@ def _data(about: About, title: str, library: str) -> ModelCardData:
         license_link=about.licence.files[0].name if about.licence.name == "other" else None,
         datasets=about.data_id and [about.data_id],
         library_name=library,
-        pipeline_tag="text-generation",
+        pipeline_tag=kind,
         metrics=[name for name in named if not name.startswith(VALIDATION)] or None,
         tags=["meerkat", "federated-learning", "zeroth-order"],
         eval_results=results or None,
@@ -179,6 +187,16 @@ def _example(about: About, loaded: LoadedModel) -> list[str]:
 
     task = about.task
     section = about.recipe.task
+    if task.is_tokens:
+        return []
+    if task.is_chat:
+        return [
+            "",
+            'messages = [{"role": "user", "content": "..."}]',
+            "shape = {'add_generation_prompt': True, 'return_dict': True, 'return_tensors': 'pt'}",
+            "inputs = tokenizer.apply_chat_template(messages, **shape)",
+            *_WRITING,
+        ]
     # The blank before an answer is part of its first token, so a prompt ends without one.
     prompt = task.prompt.removesuffix(" ")
     shown = dict.fromkeys(task.fields, "...")
@@ -188,11 +206,7 @@ def _example(about: About, loaded: LoadedModel) -> list[str]:
         f"inputs = tokenizer(prompt.format(**{shown!r}), return_tensors='pt')",
     ]
     if not task.has_classes:
-        return [
-            *lines,
-            "written = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
-            "print(tokenizer.decode(written[0, inputs['input_ids'].shape[1] :]))",
-        ]
+        return [*lines, *_WRITING]
     encoder = Encoder(task, loaded.tokenizer, section.max_length, loaded.window)
     first = {word: ids[0] for word, ids in zip(task.verbalizers, encoder.verbalizers, strict=True)}
     return [
@@ -200,4 +214,23 @@ def _example(about: About, loaded: LoadedModel) -> list[str]:
         "scores = model(**inputs).logits[0, -1].log_softmax(-1)",
         f"answers = {first!r}  # the first token of each",
         "print({answer: scores[token].item() for answer, token in answers.items()})",
+    ]
+
+
+def _image_lines(loaded: LoadedModel) -> list[str]:
+    """Lines that score an image."""
+    lines = ["from transformers import AutoImageProcessor, AutoModelForImageClassification"]
+    module = type(loaded.model).__module__
+    if module.startswith("meerkat."):
+        lines += ["", f"import {module}  # the architecture, which transformers has not"]
+    return [
+        *lines,
+        "",
+        'folder = "."  # this folder, or its name on a hub',
+        "processor = AutoImageProcessor.from_pretrained(folder)",
+        "model = AutoModelForImageClassification.from_pretrained(folder)",
+        "",
+        "image = ...  # of PIL",
+        "scores = model(**processor(image, return_tensors='pt')).logits[0]",
+        "print(model.config.id2label[scores.argmax().item()])",
     ]

@@ -76,6 +76,11 @@ class LoadedImageModel(LoadedModel):
         return found
 
     @property
+    def ends(self) -> frozenset[int]:
+        """There is no text to end."""
+        return frozenset()
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Names of its classes, in their order."""
         config: Any = self.model.config
@@ -127,7 +132,7 @@ def _pretrained(name: str) -> tuple[PreTrainedModel, Preparation]:
         raise ModelError(f"model.name = {name!r}: no such folder")
     source = str(local) if local.is_dir() else name
     try:
-        processor = AutoImageProcessor.from_pretrained(source, use_fast=False)
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil")
         model = AutoModelForImageClassification.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from meerkat.data.encoding import Encoded
+from meerkat.errors import RunError
 from meerkat.runs.assembly import Assembly
 
 __all__ = ["Answered", "answers"]
@@ -22,9 +23,15 @@ class Answered:
 
 
 def answers(assembly: Assembly, examples: Sequence[Encoded]) -> Iterator[Answered]:
-    """The answer to each example, at the weights as they are."""
+    """The answer to each example, at the weights as they are.
+
+    Raises:
+        RunError: They are images.
+    """
     if not examples:
         return
+    if assembly.task.image is not None:
+        raise RunError("--show prints texts, and the task is over images; leave it out")
     task, decode = assembly.task, assembly.loaded.tokenizer.decode
     if task.has_classes:
         found = assembly.objective.predict(examples)
