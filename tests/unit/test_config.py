@@ -19,7 +19,8 @@ from meerkat.errors import RecipeError
 RECIPES = Path(__file__).parents[2] / "recipes"
 RECORDED = {
     "demo.toml": "71be513577b1c031",
-    "meerkat-vp.toml": "1110c391978ba9f2",
+    "meerkat-vp.toml": "745f01a2096806a6",
+    "smollm2.toml": "28e66802331b648b",
     "vision.toml": "08f490a48d677965",
     "deploy.toml": "82ed1bdf19a65306",
     "chat.toml": "1dc75a65d3d8c08b",
