@@ -117,6 +117,7 @@ def load_image_model(section: ModelSection, runtime: Runtime) -> LoadedImageMode
 
 def _demo() -> tuple[PreTrainedModel, Preparation]:
     path = _LITE0.checked_file(Path())
+    # A word of each class's synset in WordNet, whose licence is data/snapshots/LICENSE-wordnet.txt.
     names = (Path(__file__).parent / "imagenet_classes.txt").read_text("utf-8").splitlines()
     model = EfficientNetLite(EfficientNetLiteConfig(id2label=dict(enumerate(names))))
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
