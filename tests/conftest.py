@@ -15,8 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 from builders import WORDS, save_tiny_model
+from hypothesis import settings
 
 from meerkat.config import Recipe, parse_recipe
+
+# No test hangs on the clock: an example takes seconds where the machine is busy.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from meerkat.config import Recipe
 from meerkat.federation.aggregators import AGGREGATORS
 from meerkat.federation.transforms import TRANSFORMS
 from meerkat.models.demo_models import DEMO_MODELS
-from meerkat.tasks.metrics import METRICS
+from meerkat.tasks.losses import LOSSES
+from meerkat.tasks.metrics import METRICS, TEXT_METRICS, WITH_OPTIONS
 from meerkat.tasks.registry import TASKS
 from meerkat.zo.estimators import ESTIMATORS
 from meerkat.zo.key_schemes import KEY_SCHEMES
@@ -26,16 +27,23 @@ __all__ = ["CHOICES", "recipe_schema"]
 
 CHOICES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "algorithm": ALGORITHMS,
+    "evaluation.metrics": {
+        **{name: type(metric) for name, metric in (METRICS | TEXT_METRICS).items()},
+        **WITH_OPTIONS,
+    },
     "federation.aggregator": AGGREGATORS,
     "federation.transforms": TRANSFORMS,
     "noise.keys": KEY_SCHEMES,
     "optimizer.estimator": ESTIMATORS,
     "optimizer.rule": UPDATE_RULES,
+    "task.objective": LOSSES,
 }
 """Registries by the field that names one of their entries."""
 
+_OWN_FUNCTIONS = ("evaluation.metrics", "task.objective")
+"""Fields that also take a function of one's own, `module:function`."""
+
 _KNOWN = {
-    "evaluation.metrics": METRICS,
     "model.name": DEMO_MODELS,
     "task.name": [*TASKS, "custom"],
 }
@@ -54,7 +62,10 @@ def recipe_schema() -> dict[str, Any]:
         found = _field(schema, field)
         found = found.get("items", found)
         del found["$ref"]
-        found["anyOf"] = list(_alternatives(registry))
+        found["anyOf"] = [
+            *_alternatives(registry),
+            *(_own_functions() if field in _OWN_FUNCTIONS else ()),
+        ]
     for field, names in _KNOWN.items():
         found = _field(schema, field)
         found.get("items", found)["examples"] = sorted(names)
@@ -75,7 +86,7 @@ def _alternatives(registry: Mapping[str, Callable[..., Any]]) -> Iterator[dict[s
     """A name alone, where no option has to be given, or a table with the options of a kind."""
     tables, bare = [], []
     for name, kind in registry.items():
-        options = dataclasses.fields(kind)  # type: ignore[arg-type]
+        options = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
         needed = [option.name for option in options if not _has_default(option)]
         if not needed:
             bare.append(name)
@@ -94,6 +105,19 @@ def _alternatives(registry: Mapping[str, Callable[..., Any]]) -> Iterator[dict[s
     if bare:
         yield {"enum": bare}
     yield from tables
+
+
+def _own_functions() -> Iterator[dict[str, Any]]:
+    """`module:function`, or a table with it and its arguments by name."""
+    named = {"type": "string", "pattern": "^[^:]+:[^:]+$"}
+    yield named
+    yield {
+        "type": "object",
+        "description": "A function of one's own.",
+        "properties": {"kind": named},
+        "required": ["kind"],
+        "additionalProperties": {"type": ["boolean", "number", "string"]},
+    }
 
 
 def _has_default(option: dataclasses.Field[Any]) -> bool:

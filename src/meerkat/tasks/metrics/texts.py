@@ -173,8 +173,9 @@ class Function(TextMetric):
         _ = self._call
 
     def score(self, prediction: str, reference: str) -> float:
+        call = self._call
         try:
-            found = float(self._call(prediction, reference))
+            found = float(call(prediction, reference))
         except Exception as error:  # of any type: it is the user's code
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RecipeError(f"{_FIELD}: {self.function} failed: {reason}") from None
