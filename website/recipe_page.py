@@ -77,9 +77,10 @@ def _choices(alternatives: list[dict[str, Any]]) -> Iterator[str]:
             if name != "kind"
         ]
         told = " ".join(kind["description"].split()).replace("|", "\\|")
-        rows.append(
-            f"| `{kind['properties']['kind']['const']}` | {told} | {', '.join(options) or '–'} |"
-        )
+        name = kind["properties"]["kind"].get("const", "module:function")
+        if kind["additionalProperties"]:
+            options.append("any others")
+        rows.append(f"| `{name}` | {told} | {', '.join(options) or '–'} |")
     if rows:
         yield "\n".join(["| kind | what | options |", "|---|---|---|", *rows])
 

@@ -113,7 +113,7 @@ def _own_functions() -> Iterator[dict[str, Any]]:
     yield named
     yield {
         "type": "object",
-        "description": "A function of one's own.",
+        "description": "A function of your own; its arguments by name.",
         "properties": {"kind": named},
         "required": ["kind"],
         "additionalProperties": {"type": ["boolean", "number", "string"]},
