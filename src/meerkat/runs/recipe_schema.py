@@ -28,7 +28,7 @@ __all__ = ["CHOICES", "recipe_schema"]
 CHOICES: Mapping[str, Mapping[str, Callable[..., Any]]] = {
     "algorithm": ALGORITHMS,
     "evaluation.metrics": {
-        **{name: type(metric) for name, metric in (METRICS | TEXT_METRICS).items()},
+        **{name: type(metric) for name, metric in {**METRICS, **TEXT_METRICS}.items()},
         **WITH_OPTIONS,
     },
     "federation.aggregator": AGGREGATORS,
