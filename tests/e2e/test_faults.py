@@ -471,6 +471,7 @@ def test_a_client_stands_still_until_the_deadline_is_over(deploy: Deploy) -> Non
     run = deploy(deadline=3.0)
     run.serve()
     run.client(2, model=True)
+    run.until(lambda: "takes part" in run.log_of("client-2"), "client 2, which loads, takes part")
     for k in (0, 1):
         run.client(k, "--pace", 0.5)
     run.asked("client-2", 1)

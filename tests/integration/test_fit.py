@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import meerkat
 from meerkat import api
+from meerkat.api import running
 from meerkat.config import Recipe, parse_recipe
 from meerkat.errors import RecipeError, RunError
 from meerkat.runs import fit
@@ -131,7 +132,7 @@ def test_flowers_simulation_asks_as_well(
         given.append(recipe)
         return {}
 
-    monkeypatch.setattr(api, "_simulate", simulate)
+    monkeypatch.setattr(running, "_simulate", simulate)
     recipe = parse_recipe(merged(data, runtime={"engine": "flower"}))
     meerkat.run(recipe, tmp_path / "run", observers=())
     assert given == [fit.without_subspace(recipe)]
