@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def test_idx_files_that_are_missing_or_do_not_belong_together_are_refused(tmp_pa
     with pytest.raises(DataError, match="splits are train and test, not 'validation'"):
         list(idx_rows(tmp_path, "validation"))
     gz = tmp_path / "train-labels-idx1-ubyte.gz"
+    whole = gzip.compress(bytes(range(200)))
+    changed = bytes([*whole[:12], whole[12] ^ 0xFF, *whole[13:]])
+    for content in (whole[:40], changed, changed[:40]):
+        gz.write_bytes(content)
+        with pytest.raises(DataError, match=r"train-labels-idx1-ubyte.gz cannot be read"):
+            list(idx_rows(tmp_path, "train"))
     gz.write_bytes(b"no gzip")
     with pytest.raises(DataError, match=r"train-labels-idx1-ubyte.gz cannot be read"):
         list(idx_rows(tmp_path, "train"))

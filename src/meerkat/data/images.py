@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,7 +217,7 @@ def _read_idx(path: Path, dimensions: int) -> UInt8[np.ndarray, ...]:
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     if content[:4] != bytes((0, 0, _IDX_BYTES, dimensions)):
         raise DataError(

@@ -165,7 +165,7 @@ class NodeConfig:
         return recipe.model_copy(update={"runtime": runtime, "model": model})
 
     def _check_allowed(self, recipe: Recipe) -> None:
-        """Does the operator let a server name this model, data, function, these sizes?
+        """Does the operator let a server name this model, data, code, these sizes?
 
         Raises:
             RecipeError: No; the line names the setting that would.
@@ -175,9 +175,6 @@ class NodeConfig:
             asked.append(("model.name", recipe.model.name, self.allow_models, "allow-models"))
         if self.data is None and recipe.task.source is not None:
             asked.append(("task.source", recipe.task.source, self.allow_sources, "allow-sources"))
-        objective = recipe.task.objective.kind
-        if is_function(objective):
-            asked.append(("task.objective", objective, self.allow_functions, "allow-functions"))
         for field, name, patterns, setting in asked:
             climbs = ".." in Path(name).parts  # a wildcard is no way out of a folder
             if climbs or not any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -203,12 +200,18 @@ class NodeConfig:
         Raises:
             RecipeError: No; the line names the setting that would.
         """
-        for name in functions_in(recipe.evaluation.metrics):
+        named = {
+            name: f"evaluation.metrics names the function {name!r}, which"
+            for name in functions_in(recipe.evaluation.metrics)
+        }
+        objective = recipe.task.objective.kind
+        if is_function(objective):
+            named[objective] = f"task.objective = {objective!r}"
+        for name, what in named.items():
             if not any(fnmatchcase(name, pattern) for pattern in self.allow_functions):
                 raise RecipeError(
-                    f"the server's evaluation.metrics names the function {name!r}, which is not "
-                    "allowed at this node; look at what it does, and add it to --node-config "
-                    "allow-functions"
+                    f"the server's {what} is not allowed at this node; look at what it does, and "
+                    "add it to --node-config allow-functions"
                 )
         if recipe.task.chat_template is not None and not self.allow_template:
             raise RecipeError(

@@ -13,7 +13,7 @@ from meerkat.config import Recipe, Runtime, TaskSection
 from meerkat.config.sections import SubspaceSection
 from meerkat.models.loading import LoadedModel
 from meerkat.models.prefix import Prefix
-from meerkat.progress import Progress
+from meerkat.runs.public_texts import TextSources
 from meerkat.spaces.mask_file import Mask
 from meerkat.tasks import Example, Task
 from meerkat.tasks.losses import TrainingLoss
@@ -54,19 +54,11 @@ class ModelObjective(Protocol):
         """The loss that a mask is calibrated by, with its graph."""
 
 
-class PublicSources(Protocol):
+class PublicSources(TextSources, Protocol):
     """What public examples are found from; `assembly.Assembly`."""
 
     @property
-    def recipe(self) -> Recipe: ...
-    @property
-    def loaded(self) -> LoadedModel: ...
-    @property
-    def task(self) -> Task: ...
-    @property
     def encoder(self) -> ExampleEncoder: ...
-    @property
-    def progress(self) -> Progress: ...
 
 
 class Modality(Protocol):
