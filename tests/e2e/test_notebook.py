@@ -58,5 +58,5 @@ def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     assert [stream.text for stream in streams if stream.name == "stderr"] == []
     said = "".join(stream.text for stream in streams)
-    assert "after round 10" in said
+    assert "after round 6" in said
     assert "model.safetensors" in said

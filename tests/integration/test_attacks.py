@@ -34,7 +34,7 @@ def tiny(attacks: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def loss(
     attacks: ModuleType, tiny: dict[str, Any], out: Path, attack: str, liars: int, defence: str
 ) -> float:
-    recipe = parse_recipe(tiny, attacks.DEFENCES[defence])
+    recipe = parse_recipe(tiny, ["federation.rounds=45", *attacks.DEFENCES[defence]])
     return float(attacks.outcome_of(recipe, out / "run", attack, liars).get("loss", 1e9))
 
 

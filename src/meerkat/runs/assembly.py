@@ -136,22 +136,21 @@ class Assembly:
         return make_algorithm(self.recipe, self.found_mask.mask.dimensions)
 
     @cached_property
-    def found_mask(self) -> FoundMask:
-        found = find_mask(self)
-        initial = MaskedSpace(self.loaded.model, found.mask).read()
+    def checked_mask(self) -> FoundMask:
+        """The mask, found for this model as it was loaded, with or without a subspace."""
+        found, loaded = find_mask(self), self.loaded
+        initial = MaskedSpace(loaded.model, found.mask).read()
         check_factors(found.mask, initial, found.path)
-        loaded = self.loaded
-        mask = replace(
-            found.mask,
-            initial=initial,
-            configuration=loaded.configuration,
-            probe=loaded.probe,
-        )
-        section = self.recipe.subspace
-        if section is not None and mask.subspace is None:
-            found = find_subspace(self, mask, section)
-        else:
-            found = replace(found, mask=mask)
+        configuration, probe = loaded.configuration, loaded.probe
+        mask = replace(found.mask, initial=initial, configuration=configuration, probe=probe)
+        return replace(found, mask=mask)
+
+    @cached_property
+    def found_mask(self) -> FoundMask:
+        """The mask with the subspace that the recipe asks for."""
+        found, section = self.checked_mask, self.recipe.subspace
+        if section is not None and found.mask.subspace is None:
+            found = find_subspace(self, found.mask, section)
         check_subspace(found.mask.subspace, section, self.task)
         return found
 
@@ -178,7 +177,7 @@ class Assembly:
         """From here on all but the masked weights have the bits of `runtime.weights`."""
         weights = self.recipe.runtime.weights
         if weights != "stored":
-            mask = self.found_mask.mask
+            mask = self.checked_mask.mask
             moving = dict(zip(mask.names, mask.indices, strict=True))
             quantise(self.loaded.model, 8 if weights == "int8" else 4, moving)
 
