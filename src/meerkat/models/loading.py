@@ -27,6 +27,7 @@ from meerkat.config import ModelSection, Runtime
 from meerkat.errors import ModelError
 from meerkat.models.compute import computes_in_float32, widen
 from meerkat.models.demo_models import DemoModel, demo_model
+from meerkat.models.gguf_files import convert_gguf
 
 __all__ = [
     "VOLATILE",
@@ -231,7 +232,7 @@ def _converted_demo(demo: DemoModel, dtype: torch.dtype, runtime: Runtime) -> Pa
 
     def convert(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            _convert(demo.checked_file(Path(scratch)), dtype, folder)
+            convert_gguf(demo.checked_file(Path(scratch)), dtype, folder)
 
     return _made_once(target, convert)
 
@@ -244,7 +245,7 @@ def _converted(path: Path, dtype: torch.dtype, runtime: Runtime) -> Path:
         content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     name = f"{path.stem}-{content}-{str(dtype).removeprefix('torch.')}"
     return _made_once(
-        cache_dir(runtime, "models") / name, lambda folder: _convert(path, dtype, folder)
+        cache_dir(runtime, "models") / name, lambda folder: convert_gguf(path, dtype, folder)
     )
 
 
@@ -262,23 +263,3 @@ def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
-    """GGUF → safetensors: reading a GGUF takes a minute, reading what this writes two seconds."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    except ImportError:
-        raise ModelError(
-            f"{path.name} needs the packages gguf and accelerate: pip install 'meerkat-fl[gguf]'"
-        ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from None
-    # The weights are plain tensors by now; transformers would still refuse to save them.
-    vars(model).update(hf_quantizer=None, is_quantized=False)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.name_or_path = path.stem
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
