@@ -113,7 +113,10 @@ def test_run_resume_evaluate_and_export(
     assert answer.strip() == figures["answers"][0]["answer"]
 
     card = (exported / "README.md").read_text("utf-8")
+    assert "| examples | conversations, in the model's chat template |" in card
+    assert "| prompt |" not in card
     code = card.split("```python\n")[1].split("```")[0]
+    assert "apply_chat_template" in code
     assert "apply_chat_template" in code
     monkeypatch.chdir(exported)
     capsys.readouterr()

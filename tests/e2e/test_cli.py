@@ -454,7 +454,9 @@ def test_directories_without_a_run(tmp_path: Path) -> None:
     for command in ("resume", "replay", "report"):
         refused(invoke(command, tmp_path / "none"), "none")
     refused(invoke("evaluate", tmp_path), "no run directory", "--recipe")
-    refused(invoke("export", tmp_path, "--to", tmp_path / "x"), "holds no journal")
+    refused(invoke("export", tmp_path, "--to", tmp_path / "x"), "no run directory", "recipe.json")
+    (tmp_path / "recipe.json").write_text("{}")
+    refused(invoke("report", tmp_path), "holds no journal", "`meerkat resume")
 
 
 def test_export_overwrites_nothing(recipe_file: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from meerkat.exporting.about import About
 from meerkat.models.loading import LoadedModel
+from meerkat.tasks import Task
 from meerkat.tasks.metrics import LOSS, metric_title
 from meerkat.tasks.metrics.validation import VALIDATION
 
@@ -124,12 +125,12 @@ def _facts(about: About) -> list[tuple[str, str]]:
     space = f"{about.mask_kind} mask, {about.mask_size:,} of {about.eligible:,} parameters"
     if recipe.subspace is not None and about.dimensions is not None:
         space += f"; {recipe.subspace.kind} subspace, {about.dimensions} dimensions"
-    source = about.data_id or ("files of its owner" if about.task.name == "custom" else "")
+    source = about.data_id or ("" if about.task.name != "custom" else _unpublished(about.task))
     return [
         ("base model", about.base),
         ("licence of the base model", about.licence.title),
         ("task", f"{about.task.name}{f' ({source})' if source else ''}"),
-        ("prompt", f"`{json.dumps(about.task.prompt, ensure_ascii=False)}`"),
+        *_shown(about),
         ("clients", f"{federation.clients}{each}"),
         ("partition", _partition(about)),
         ("rounds", f"{about.rounds} of {federation.rounds}, of {steps}"),
@@ -175,6 +176,27 @@ def _scores(about: About) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(part) for part in row) + " |" for row in lines)
+
+
+def _unpublished(task: Task) -> str:
+    """Where data without a hub id are from."""
+    return task.source if task.source.startswith("demo:") else "files of its owner"
+
+
+def _shown(about: About) -> list[tuple[str, str]]:
+    """In what text the model is shown an example."""
+    task = about.task
+    if task.is_chat:
+        own = about.recipe.task.chat_template is not None
+        return [
+            (
+                "examples",
+                f"conversations, in {'the recipe' if own else 'the model'}'s chat template",
+            )
+        ]
+    if task.is_tokens or not task.prompt:
+        return []
+    return [("prompt", f"`{json.dumps(task.prompt, ensure_ascii=False)}`")]
 
 
 def _cell(text: str) -> str:

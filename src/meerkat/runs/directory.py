@@ -161,6 +161,8 @@ def open_journal(directory: Path, read_only: bool = True, audit: bool = False) -
     if not directory.is_dir():
         raise RunError(f"{directory}: no such run directory")
     if not Journal.exists(journal_path(directory)):
+        if not (directory / _RECIPE).exists():
+            raise RunError(f"{directory}: no run directory, as it holds no {_RECIPE}")
         raise RunError(f"{directory} holds no journal; `meerkat resume {directory}` begins the run")
     journal = Journal.open(journal_path(directory), read_only, audit)
     if (directory / _RECIPE).exists():
