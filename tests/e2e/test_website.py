@@ -19,7 +19,7 @@ from browser import Browser
 
 import meerkat
 from meerkat.cli import app
-from meerkat.config.sections import Choice, Section
+from meerkat.config.parts import Choice, Section
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

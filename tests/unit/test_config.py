@@ -13,7 +13,7 @@ from builders import MINIMAL, make_recipe, merged
 from pydantic import BaseModel
 
 from meerkat.config import Federation, Optimizer, Partition, Recipe, load_recipe
-from meerkat.config.sections import Choice, Neutral, Section
+from meerkat.config.parts import Choice, Neutral, Section
 from meerkat.errors import RecipeError
 
 RECIPES = Path(__file__).parents[2] / "recipes"

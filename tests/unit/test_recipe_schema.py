@@ -12,8 +12,8 @@ import pytest
 from commands import invoke
 
 from meerkat.config import Recipe, parse_recipe
+from meerkat.config.parts import Choice, Section
 from meerkat.config.reading import with_overrides
-from meerkat.config.sections import Choice, Section
 from meerkat.errors import RecipeError
 from meerkat.runs.recipe_schema import CHOICES, recipe_schema
 

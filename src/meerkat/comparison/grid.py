@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from meerkat.comparison.methods import METHODS, Method
+from meerkat.config.parts import Count, Positive, Section, Seed
 from meerkat.config.reading import described_error, read_data, with_overrides
-from meerkat.config.sections import Count, Positive, Section, Seed
 from meerkat.errors import RecipeError
 from meerkat.registry import look_up
 

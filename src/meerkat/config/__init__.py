@@ -1,9 +1,9 @@
 """The schema of a run: TOML in, validated frozen objects out."""
 
+from meerkat.config.parts import Choice
 from meerkat.config.reading import load_recipe, parse_recipe
 from meerkat.config.schema import Recipe
 from meerkat.config.sections import (
-    Choice,
     Evaluation,
     Federation,
     MaskSection,

@@ -16,19 +16,16 @@ from meerkat.config.automatic import (
     subspace_epsilon,
     subspace_rate,
 )
+from meerkat.config.parts import Choice, Neutral, Section, Seed
 from meerkat.config.sections import (
-    Choice,
     Evaluation,
     Federation,
     MaskSection,
     ModelSection,
     Network,
-    Neutral,
     Noise,
     Optimizer,
     Runtime,
-    Section,
-    Seed,
     Selection,
     SubspaceSection,
     TaskSection,

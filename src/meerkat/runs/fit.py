@@ -19,7 +19,8 @@ from jaxtyping import Float64
 
 from meerkat.config import Recipe, parse_recipe
 from meerkat.config.automatic import SUBSPACE_BATCH, SUBSPACE_PERTURBATIONS
-from meerkat.config.sections import Choice, SubspaceSection
+from meerkat.config.parts import Choice
+from meerkat.config.sections import SubspaceSection
 from meerkat.errors import RecipeError
 from meerkat.runs.assembly import Assembly
 from meerkat.runs.finding_mask import Fit

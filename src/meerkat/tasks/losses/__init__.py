@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from meerkat.config import Recipe
-from meerkat.config.sections import Choice
+from meerkat.config.parts import Choice
 from meerkat.errors import RecipeError
 from meerkat.registry import build
 from meerkat.tasks.base import Task
