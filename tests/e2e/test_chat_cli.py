@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from peers import RemoteRun, evaluations, local_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import meerkat
-from meerkat.config import load_recipe
+from meerkat.config import load_recipe, parse_recipe
 from meerkat.data.clients import write_client_folders
 from meerkat.node.config import NodeConfig
+from meerkat.node.runtime import ClientRuntime
+from meerkat.runs.assembly import assemble
 from meerkat.runs.remote_run import load_server_mask
+from meerkat.transport.handshake import Proof, difference
 
 SCORES = ["rouge_l", "token_f1", "exact_match", {"kind": "regex", "pattern": "[a-z]+"}]
 NAMES = ["loss", "rouge_l", "token_f1", "exact_match", "regex"]
@@ -117,7 +121,6 @@ def test_run_resume_evaluate_and_export(
     assert "| prompt |" not in card
     code = card.split("```python\n")[1].split("```")[0]
     assert "apply_chat_template" in code
-    assert "apply_chat_template" in code
     monkeypatch.chdir(exported)
     capsys.readouterr()
     exec(code, {})
@@ -137,6 +140,41 @@ def test_a_remote_run_is_the_local_run(recipe: Path, tmp_path: Path, own: bool) 
     remote = RemoteRun(parsed, tmp_path / "remote", mask, nodes).run()
     assert remote["state_digest"] == local["state_digest"]
     assert remote["after"] == pytest.approx(local["after"], abs=1e-6)
+
+
+def test_a_client_whose_tokenizer_has_another_template_is_refused(
+    recipe: Path, chat_model: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(chat_model, tmp_path / "other"))
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = "{# changed #}" + tokenizer.chat_template
+    tokenizer.save_pretrained(other)
+    mask = meerkat.calibrate(recipe, out=tmp_path / "mask.safetensors").path
+    server = load_server_mask(mask).configuration
+
+    def proof(*changes: str) -> Proof:
+        return ClientRuntime(assemble(load_recipe(recipe, changes)), mask, own=False).proof
+
+    right, wrong = proof(), proof(f"model.name={other}")
+    assert right.configuration == server
+    assert (right.model, right.probe) == (wrong.model, wrong.probe)
+    said = difference(wrong, right)
+    assert said is not None
+    assert said.startswith("the client's configuration or tokenizer is")
+    assert "chat template" in said
+    # A template of the recipe is everybody's.
+    own = 'task.chat_template="""' + FAMILIES["smollm-2"].template.replace("\\", "\\\\") + '"""'
+    assert proof(own).configuration == proof(own, f"model.name={other}").configuration
+
+
+def test_a_mask_that_was_made_for_another_task_serves(
+    recipe: Path, tiny_recipe_data: dict[str, Any], chat_model: Path, tmp_path: Path
+) -> None:
+    """Templates have no part in a mask."""
+    plain = parse_recipe(merged(tiny_recipe_data, model={"name": str(chat_model)}))
+    mask = meerkat.calibrate(plain, out=tmp_path / "mask.safetensors").path
+    changed = load_recipe(recipe, [f"mask.file={mask}", "federation.rounds=1"])
+    assert meerkat.run(changed, tmp_path / "run", observers=())["rounds"] == 1
 
 
 def test_a_subspace_from_questions_that_the_model_answers(

@@ -34,7 +34,7 @@ class Header:
     model: str
     """The base model's fingerprint."""
     configuration: str
-    """Digest of its configuration and tokenizer."""
+    """Digest of its configuration and tokenizer, as `transport.handshake.Proof` has it."""
     space: str
     """Fingerprint of the space, which for a mask is the mask's digest."""
     size: int

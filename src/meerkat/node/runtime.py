@@ -40,7 +40,7 @@ class ClientRuntime:
         loaded = assembly.loaded
         space = load_mask(mask, parameters=loaded.parameters).fingerprint
         self.proof = Proof(
-            loaded.fingerprint, space, noise.fingerprint(), loaded.configuration, loaded.probe
+            loaded.fingerprint, space, noise.fingerprint(), assembly.configuration, loaded.probe
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -122,6 +123,15 @@ class Assembly:
         return self.modality.encoder(self.task, self.recipe.task, self.loaded)
 
     @cached_property
+    def configuration(self) -> str:
+        """SHA-256 of what else than weights decides on scores: that of the model, with the template
+        where examples are conversations."""
+        known = self.loaded.configuration
+        if not isinstance(self.encoder, ChatEncoder):
+            return known
+        return hashlib.sha256(f"{known} {self.encoder.template.text}".encode()).hexdigest()
+
+    @cached_property
     def test(self) -> EncodedExamples:
         """The held-out examples that are evaluated on."""
         return EncodedExamples(self.split.test[: self.recipe.evaluation.examples], self.encoder)
@@ -141,8 +151,8 @@ class Assembly:
         found, loaded = find_mask(self), self.loaded
         initial = MaskedSpace(loaded.model, found.mask).read()
         check_factors(found.mask, initial, found.path)
-        configuration, probe = loaded.configuration, loaded.probe
-        mask = replace(found.mask, initial=initial, configuration=configuration, probe=probe)
+        known = self.configuration
+        mask = replace(found.mask, initial=initial, configuration=known, probe=loaded.probe)
         return replace(found, mask=mask)
 
     @cached_property

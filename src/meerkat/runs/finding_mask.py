@@ -15,7 +15,6 @@ from torch import Tensor
 from meerkat.config.schema import without_neutral
 from meerkat.errors import MaskError
 from meerkat.models.adapters import adapter_factors
-from meerkat.models.loading import LoadedModel
 from meerkat.runs.mask_cache import cache_path, corpus_digests, read_cached
 from meerkat.runs.modalities import Modality, ModelObjective
 from meerkat.runs.modalities.base import PublicSources
@@ -67,6 +66,8 @@ class Sources(PublicSources, Protocol):
     def objective(self) -> ModelObjective: ...
     @property
     def mask_file(self) -> Path | None: ...
+    @property
+    def configuration(self) -> str: ...
     def client_examples(self) -> list[list[Example]]: ...
     def example_batches(self) -> list[list[Any]]: ...
 
@@ -82,7 +83,7 @@ def find_mask(sources: Sources) -> FoundMask:
     path = sources.mask_file or (Path(section.file) if section.file is not None else None)
     if path is not None:
         mask = load_mask(path, loaded.fingerprint, loaded.parameters)
-        _check_same_model(mask, loaded, path)
+        _check_same_model(mask, sources, path)
         return FoundMask(mask, path)
     if section.kind == "lora":  # its factors are in the model by now
         everything = full_mask(adapter_factors(loaded.model), loaded.fingerprint)
@@ -105,14 +106,15 @@ def find_mask(sources: Sources) -> FoundMask:
     return FoundMask(mask)
 
 
-def _check_same_model(mask: Mask, loaded: LoadedModel, path: Path) -> None:
+def _check_same_model(mask: Mask, sources: Sources, path: Path) -> None:
     """The parameters are equal; is what the model computes with them?
 
     Raises:
-        MaskError: The configuration, the tokenizer, or the code is another.
+        MaskError: The configuration, the tokenizer, its template, or the code is another.
     """
-    known = mask.configuration and loaded.configuration
-    if known and mask.configuration != loaded.configuration:
+    loaded = sources.loaded
+    same = ("", sources.configuration, loaded.configuration)  # a template has no part in a mask
+    if loaded.configuration and mask.configuration not in same:
         raise MaskError(
             f"mask {path} was made with another configuration or tokenizer of this model; put "
             "config.json and the tokenizer's files back, or calibrate again"

@@ -51,7 +51,7 @@ class Mask:
     initial: Float32[np.ndarray, " n"] | None = None
     """θ_0, the masked weights as they are in the model, for a server that has no model."""
     configuration: str = ""
-    """The model's, as `models.loading.LoadedModel.configuration`, for a server that has none."""
+    """As `transport.handshake.Proof` has it, for a server that has no model."""
     probe: tuple[float, ...] = ()
     """Likewise its probe logits."""
     subspace: Subspace | None = None

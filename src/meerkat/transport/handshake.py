@@ -23,7 +23,8 @@ class Proof:
     noise: str
     """Of the noise generator."""
     configuration: str = ""
-    """Digest of the model's configuration and tokenizer; "" where the server does not know it."""
+    """Digest of the model's configuration and tokenizer, with the template of conversations where
+    a task has them; "" where the server does not know it."""
     probe: tuple[float, ...] = ()
     """A few logits of the base model; compared with a tolerance, and empty where not known."""
 
@@ -35,8 +36,8 @@ _WAY_OUT = {
     ),
     "configuration": (
         "configuration or tokenizer",
-        "load the model and the tokenizer that the recipe names, with config.json unchanged and "
-        "the same release of transformers",
+        "load the model and the tokenizer that the recipe names, with config.json and the chat "
+        "template unchanged and the same release of transformers",
     ),
     "space": ("mask", "use the run's mask: leave out the client's own, and the server sends it"),
     "noise": (
