@@ -23,7 +23,7 @@ RECORDED = {
     "smollm2.toml": "28e66802331b648b",
     "vision.toml": "08f490a48d677965",
     "deploy.toml": "82ed1bdf19a65306",
-    "chat.toml": "1dc75a65d3d8c08b",
+    "chat.toml": "675bd369454a94c1",
 }
 """First digits of fingerprints, as version 0.1 gave them, or the one that a recipe came with."""
 PLAIN_DEMO = "cd18db9c9d855ada"
