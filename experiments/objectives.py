@@ -58,7 +58,7 @@ HELD, POOL, OF_CLIENT, TRAINED = 768, 2304, 768, 0.75
 K, ROUNDS = 32, 30
 FACTORS = tuple(2.0**power for power in range(-2, 5))
 """On the rate of Eq. 20."""
-SEARCHED, SEEDS, REAL_SEEDS = 100, range(20), range(3)
+SEARCHED, SEEDS, REAL_SEEDS = 100, range(20), range(5)
 
 
 class Balanced(UsualLoss):
