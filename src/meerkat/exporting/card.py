@@ -187,13 +187,8 @@ def _shown(about: About) -> list[tuple[str, str]]:
     """In what text the model is shown an example."""
     task = about.task
     if task.is_chat:
-        own = about.recipe.task.chat_template is not None
-        return [
-            (
-                "examples",
-                f"conversations, in {'the recipe' if own else 'the model'}'s chat template",
-            )
-        ]
+        whose = "model" if about.recipe.task.chat_template is None else "recipe"
+        return [("examples", f"conversations, in the {whose}'s chat template")]
     if task.is_tokens or not task.prompt:
         return []
     return [("prompt", f"`{json.dumps(task.prompt, ensure_ascii=False)}`")]
