@@ -21,7 +21,7 @@ RECORDED = {
     "demo.toml": "71be513577b1c031",
     "meerkat-vp.toml": "745f01a2096806a6",
     "smollm2.toml": "28e66802331b648b",
-    "vision.toml": "08f490a48d677965",
+    "vision.toml": "2115ad33e76103c9",
     "deploy.toml": "82ed1bdf19a65306",
     "chat.toml": "675bd369454a94c1",
 }
