@@ -235,13 +235,13 @@ print("killed", len(calls))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "aligned"])
+@pytest.mark.parametrize("kind", [None, "aligned", "random"])
 def test_ten_kills_and_the_same_result(
     tiny_recipe_data: dict, sentences_file: Path, tmp_path: Path, kind: str | None
 ) -> None:
     """Kill -9 at ten random moments, from before the journal exists to the last rounds.
 
-    Over the whole mask, or in a subspace.
+    Over the whole mask, or in a subspace of either kind.
     """
     data = merged(
         tiny_recipe_data,

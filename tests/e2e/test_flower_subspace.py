@@ -112,32 +112,42 @@ def test_over_streams(trials: dict[str, dict[str, Any]], tmp_path: Path) -> None
 
 def test_over_messages(trials: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """Each message comes to a new process; one node loses all it had, and the server is killed."""
-    trial, rounds, out = trials["aligned"], 4, tmp_path / "aligned"
+    rounds = 4
     environment = {"MEERKAT_CACHE": str(tmp_path / "cache")}
-    for folder in trial["data"]:
+    folders = trials["random"]["data"]
+    messages = {"network.transport": "messages"}
+    for folder in folders:
         (folder / "test.csv").rename(folder / "later.csv")  # evaluations take processes, too
     try:
         with Cluster(tmp_path, secure=False, environment=environment) as cluster:
-            nodes_of(cluster, trial)
-            config = config_of(trial, out, **{"network.transport": "messages"})
+            nodes_of(cluster, trials["random"])
+            out = tmp_path / "random"
+            run = cluster.run(ROOT, config_of(trials["random"], out, **messages))
+            random = finished(cluster, run, out)
+
+            killed = tmp_path / "aligned"
+            config = config_of(trials["aligned"], killed, **messages)
             config["federation.rounds"] = rounds
             run = cluster.run(ROOT, config)
-            wait_until(lambda: rounds_of(out) >= 1, 240)
+            wait_until(lambda: rounds_of(killed) >= 1, 240)
             kill(cluster.processes("server"))
-            done = rounds_of(out)
+            done = rounds_of(killed)
             assert done < rounds, "it was killed too late; raise `rounds`"
             run = cluster.run(ROOT, config)
-            wait_until(lambda: rounds_of(out) >= done + 1, 240)
+            wait_until(lambda: rounds_of(killed) >= done + 1, 240)
             cluster.stop_node(1, kill=True)
-            assert rounds_of(out) < rounds, "it was killed too late; raise `rounds`"
-            start_node(cluster, trial, 1)  # another node, which takes the client over
-            summary = finished(cluster, run, out)
-            log = (out / "server.log").read_text()
+            assert rounds_of(killed) < rounds, "it was killed too late; raise `rounds`"
+            start_node(cluster, trials["random"], 1)  # another node, which takes the client over
+            aligned = finished(cluster, run, killed)
+            log = (killed / "server.log").read_text()
             assert log.count("client 1 is here (peer") == 3
     finally:
-        for folder in trial["data"]:
+        for folder in folders:
             (folder / "later.csv").rename(folder / "test.csv")
-    same_bits(out, summary, tmp_path / "local", local(trial, tmp_path / "local", rounds))
+    expected = local(trials["random"], tmp_path / "local-random", 3)
+    same_bits(out, random, tmp_path / "local-random", expected)
+    expected = local(trials["aligned"], tmp_path / "local-aligned", rounds)
+    same_bits(killed, aligned, tmp_path / "local-aligned", expected)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from meerkat.exporting.about import About
 from meerkat.models.loading import LoadedModel
-from meerkat.tasks import Task
 from meerkat.tasks.metrics import LOSS, metric_title
 from meerkat.tasks.metrics.validation import VALIDATION
 
@@ -125,7 +124,7 @@ def _facts(about: About) -> list[tuple[str, str]]:
     space = f"{about.mask_kind} mask, {about.mask_size:,} of {about.eligible:,} parameters"
     if recipe.subspace is not None and about.dimensions is not None:
         space += f"; {recipe.subspace.kind} subspace, {about.dimensions} dimensions"
-    source = about.data_id or ("" if about.task.name != "custom" else _unpublished(about.task))
+    source = _source(about)
     return [
         ("base model", about.base),
         ("licence of the base model", about.licence.title),
@@ -178,8 +177,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(_cell(part) for part in row) + " |" for row in lines)
 
 
-def _unpublished(task: Task) -> str:
-    """Where data without a hub id are from."""
+def _source(about: About) -> str:
+    """Where the data are from, where the task's name does not say it."""
+    task = about.task
+    if about.data_id or task.name != "custom":
+        return about.data_id or ""
     return task.source if task.source.startswith("demo:") else "files of its owner"
 
 

@@ -37,7 +37,8 @@ _WAY_OUT = {
     "configuration": (
         "configuration or tokenizer",
         "load the model and the tokenizer that the recipe names, with config.json and the chat "
-        "template unchanged and the same release of transformers",
+        "template unchanged and the same release of transformers; a run over conversations needs a "
+        "mask that was calibrated by its own recipe",
     ),
     "space": ("mask", "use the run's mask: leave out the client's own, and the server sends it"),
     "noise": (
